@@ -1,0 +1,109 @@
+"""The record that a node publishes about itself: what it is, what it can carry, which instances it owns.
+
+Records come from peers, so every collection and text in them is bounded: decoding one with msgspec refuses what does
+not fit.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+NodeId = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+ShortText = Annotated[str, Meta(max_length=128)]
+LongText = Annotated[str, Meta(max_length=512)]
+Count = Annotated[int, Meta(ge=0, le=2**62)]
+
+
+class InstanceState(StrEnum):
+    """Where an instance stands in its life."""
+
+    PLANNING = "planning"
+    LOADING = "loading"
+    READY = "ready"
+    WAITING = "waiting"
+    FAILED = "failed"
+
+
+class DeviceRecord(Struct, frozen=True):
+    """One device as measured: memory in bytes, `memory_bandwidth` in bytes/s, `compute` in FLOP/s (fp32 products).
+
+    `memory_limit` is what swarmd may use of it: the user's cap, or what was free at start less a reserve.
+    """
+
+    kind: ShortText
+    name: ShortText
+    memory_total: Count
+    memory_free: Count
+    memory_limit: Count
+    memory_bandwidth: Annotated[float, Meta(ge=0)]
+    compute: Annotated[float, Meta(ge=0)]
+
+
+class Address(Struct, frozen=True, array_like=True):
+    """Where a process accepts links: an IP address (IPv6 link-local with its scope) or a DNS name, and a TCP port."""
+
+    host: Annotated[str, Meta(max_length=255)]
+    port: Annotated[int, Meta(ge=1, le=65535)]
+
+
+class StageRecord(Struct, frozen=True):
+    """One stage of a running instance: layers [start, end) on `device` of `node`, reachable at `addresses`."""
+
+    node: NodeId
+    device: ShortText
+    start: Count
+    end: Count
+    bytes: Count
+    addresses: Annotated[tuple[Address, ...], Meta(max_length=32)] = ()
+
+
+class ModelSummary(Struct, frozen=True):
+    """What every node needs to know of a model to answer for it; `sha256` names its file everywhere."""
+
+    name: ShortText
+    sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    size: Count
+    context: Count
+    architecture: ShortText
+
+
+class LoadRecord(Struct, frozen=True):
+    """How busy the driver of instance `instance` is; published by the driver's node."""
+
+    instance: ShortText
+    running: Count = 0
+    waiting: Count = 0
+    kv_tokens_used: Count = 0
+    kv_tokens: Count = 0
+
+
+class InstanceRecord(Struct, frozen=True):
+    """One instance, published by its owner. Whoever holds two for one `id` keeps the one of the higher epoch."""
+
+    id: ShortText
+    model: ModelSummary
+    state: InstanceState
+    epoch: Count
+    reason: LongText = ""
+    stages: Annotated[tuple[StageRecord, ...], Meta(max_length=256)] = ()
+    explanation: Annotated[tuple[LongText, ...], Meta(max_length=64)] = ()
+    done_bytes: Count = 0
+    total_bytes: Count = 0
+
+
+class NodeRecord(Struct, frozen=True):
+    """All that a node says of itself. Last writer wins per node: `counter` only grows, also across restarts."""
+
+    id: NodeId
+    name: ShortText
+    version: ShortText
+    counter: Count
+    addresses: Annotated[tuple[Address, ...], Meta(max_length=64)] = ()
+    devices: Annotated[tuple[DeviceRecord, ...], Meta(max_length=64)] = ()
+    models: Annotated[tuple[ModelSummary, ...], Meta(max_length=256)] = ()
+    instances: Annotated[tuple[InstanceRecord, ...], Meta(max_length=16)] = ()
+    loads: Annotated[tuple[LoadRecord, ...], Meta(max_length=16)] = ()
+    leaving: bool = False

@@ -1,0 +1,199 @@
+"""OpenAI requests as swarmd takes them: every field is honoured or refused by name, none is silently dropped.
+
+After the API reference of OpenAI's chat completions and (legacy) completions; `top_k`, `min_p` and `repetition_penalty` are
+extensions that other local servers have too.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from swarmd.node.api.errors import ApiError
+from swarmd.node.engine.sampling_params import SamplingParams
+from swarmd.node.serving.generation import GenerationRequest
+
+T = TypeVar("T")
+Unit = Annotated[float, Meta(ge=0, le=1)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+PositiveCount = Annotated[int, Meta(ge=1)]
+StopText = Annotated[str, Meta(min_length=1, max_length=256)]
+Stop = StopText | Annotated[list[StopText], Meta(max_length=8)] | None
+Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+
+_FIELD_IN_ERROR = re.compile(r"at `\$\.([A-Za-z_]+)")
+_UNKNOWN_FIELD = re.compile(r"unknown field `([^`]+)`")
+
+
+class StreamOptions(Struct, forbid_unknown_fields=True):
+    """What a stream is to carry beside its text."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class TextFormat(Struct, forbid_unknown_fields=True):
+    """`response_format`: plain text is the only one so far."""
+
+    type: Literal["text"]
+
+
+class TextPart(Struct, forbid_unknown_fields=True):
+    """A part of a message's content; only text so far."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart] | None
+    name: str | None = None
+    refusal: None = None
+
+    def plain(self) -> dict[str, object]:
+        """What a chat template gets. A developer message is what models know as a system message."""
+        text = self.content if isinstance(self.content, str) else "".join(p.text for p in self.content or ())
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": text} | ({"name": self.name} if self.name else {})
+
+
+class SamplingFields(Struct, kw_only=True, forbid_unknown_fields=True):
+    """What both endpoints share. None is the same as leaving a field out, as in OpenAI's API."""
+
+    model: Annotated[str, Meta(min_length=1, max_length=512)]
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=0)] | None = None
+    min_p: Unit | None = None
+    seed: Seed | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
+    logit_bias: Annotated[dict[str, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=1024)] | None = None
+    stop: Stop = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Meta(ge=1, le=1)] | None = None
+    # These change nothing in an answer by their definition: they name the caller.
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    store: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+
+
+class ChatRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=4096)]
+    max_tokens: PositiveCount | None = None
+    max_completion_tokens: PositiveCount | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    response_format: TextFormat | None = None
+    modalities: list[Literal["text"]] | None = None
+
+    def generation(self) -> GenerationRequest:
+        """The same wishes as the token stream knows them."""
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
+        return GenerationRequest(
+            model=self.model,
+            sampling=sampling(self, self.top_logprobs or 0),
+            max_tokens=self.max_completion_tokens or self.max_tokens,
+            stop=stop_strings(self.stop),
+            messages=tuple(message.plain() for message in self.messages),
+        )
+
+
+class CompletionRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True):
+    """`POST /v1/completions`."""
+
+    prompt: (
+        str
+        | Annotated[list[int], Meta(min_length=1, max_length=1 << 20)]
+        | Annotated[list[str], Meta(min_length=1, max_length=1)]
+        | None
+    ) = None
+    max_tokens: PositiveCount | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
+    echo: Literal[False] | None = None
+    suffix: None = None
+    best_of: Annotated[int, Meta(ge=1, le=1)] | None = None
+
+    def generation(self) -> GenerationRequest:
+        """The same wishes as the token stream knows them. 16 tokens by default, as OpenAI's endpoint."""
+        prompt = self.prompt
+        if prompt is None:
+            raise ApiError(400, "prompt is required", param="prompt")
+        if isinstance(prompt, list):
+            prompt = prompt[0] if isinstance(prompt[0], str) else tuple(prompt)
+        return GenerationRequest(
+            model=self.model,
+            sampling=sampling(self, self.logprobs or 0),
+            max_tokens=self.max_tokens or 16,
+            stop=stop_strings(self.stop),
+            prompt=prompt,
+        )
+
+
+def parse(body: bytes, kind: type[T]) -> T:
+    """A request body, checked. Raises ApiError 400 that names the parameter at fault."""
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        text = str(error)
+        unknown = _UNKNOWN_FIELD.search(text)
+        if unknown:
+            raise ApiError(
+                400,
+                f"{unknown[1]} is not supported by this server",
+                param=unknown[1],
+                code="unsupported_parameter",
+            ) from None
+        field = _FIELD_IN_ERROR.search(text)
+        param = field[1] if field else None
+        raise ApiError(400, f"{param}: {text}" if param else text, param=param, code="invalid_value") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
+    except RecursionError:
+        raise ApiError(400, "the body is nested too deeply", code="invalid_json") from None
+
+
+def sampling(request: SamplingFields, top_logprobs: int) -> SamplingParams:
+    """Sampling wishes with OpenAI's defaults; without a seed, one is drawn."""
+    values: dict[str, Any] = {
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "top_k": request.top_k,
+        "min_p": request.min_p,
+        "presence_penalty": request.presence_penalty,
+        "frequency_penalty": request.frequency_penalty,
+        "repetition_penalty": request.repetition_penalty,
+        "logit_bias": _logit_bias(request.logit_bias) if request.logit_bias else None,
+        "seed": request.seed if request.seed is not None else secrets.randbits(63),
+        "top_logprobs": top_logprobs,
+    }
+    return SamplingParams(**{name: value for name, value in values.items() if value is not None})
+
+
+def stop_strings(stop: Stop) -> tuple[str, ...]:
+    """One, several or none."""
+    if stop is None:
+        return ()
+    return (stop,) if isinstance(stop, str) else tuple(stop)
+
+
+def _logit_bias(given: dict[str, float]) -> dict[int, float]:
+    try:
+        return {int(token): bias for token, bias in given.items()}
+    except ValueError:
+        raise ApiError(400, "logit_bias: the keys must be token ids", param="logit_bias") from None

@@ -1,0 +1,129 @@
+"""Bringing models up: from a name to an instance that this node owns, and taking over what an owner left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from swarmd.discovery.records import InstanceRecord, ModelSummary, NodeRecord
+from swarmd.node.cluster.instances import Instances
+from swarmd.node.cluster.model_exchange import ModelExchange
+from swarmd.node.cluster.signal import Signal
+from swarmd.node.engine.spec import ArchSpec
+from swarmd.node.models.catalog import ModelNameError, resolve
+from swarmd.node.models.costs import model_costs
+from swarmd.node.models.errors import ModelFileError
+from swarmd.node.models.gguf import GGUFFile
+from swarmd.node.models.progress import ProgressCallback
+from swarmd.node.models.store import ModelStore
+from swarmd.partition.costs import ModelCosts
+from swarmd.partition.plan import Promise
+
+log = logging.getLogger("swarmd.instances")
+
+SETTLE_SECONDS = 1.5
+RANK_SECONDS = 2.0
+RETRY_SECONDS = 15.0
+DEFAULT_CONTEXT = 4096
+SMALLEST_CONTEXT = 1024
+
+
+class Launcher:
+    """Starts instances.
+
+    `context` is the longest sequence to promise, in tokens, None for the default; `progress` hears of downloads.
+    """
+
+    def __init__(
+        self,
+        store: ModelStore,
+        exchange: ModelExchange,
+        instances: Instances,
+        changed: Signal,
+        *,
+        context: int | None,
+        progress: ProgressCallback,
+    ) -> None:
+        self._store = store
+        self._exchange = exchange
+        self._instances = instances
+        self._changed = changed
+        self._context = context
+        self._progress = progress
+        self._launching = asyncio.Lock()
+
+    def find(self, name: str) -> InstanceRecord | None:
+        """The instance that serves a model name (or alias, or path), anywhere in the swarm."""
+        try:
+            ref = resolve(name)
+            names = {name, ref.name}
+        except ModelNameError:
+            names = {name}
+        return next((record for _, record in self._instances.all() if record.model.name in names), None)
+
+    async def launch(self, name: str) -> InstanceRecord:
+        """The instance of a model, started by this node if nobody serves it yet.
+
+        Raises ModelNameError, ModelFileError, ModelSourceError, OSError.
+        """
+        async with self._launching:
+            found = self.find(name)
+            if found is not None:
+                return found
+            stored = await self._store.ensure(name, self._progress)
+            manifest = await self._store.manifest(stored)
+            model, costs = await asyncio.to_thread(_read_model, stored.path, stored.name, stored.sha256, stored.size)
+            return self._instances.own(model, costs, promises(self._context, model.context), manifest)
+
+    async def take_over(self, gone: NodeRecord) -> None:
+        """Become the owner of what a lost node owned, where that falls to this node."""
+        for record in self._instances.orphans(gone):
+            try:
+                manifest = await self._exchange.manifest(record.model)
+                path = await self._exchange.header(manifest, self._progress)
+                model, costs = await asyncio.to_thread(
+                    _read_model, path, record.model.name, record.model.sha256, record.model.size
+                )
+            except (ModelFileError, OSError) as error:
+                log.warning("%s cannot be taken over: %s", record.model.name, error)
+                continue
+            log.info("this node takes over %s, whose owner %s is gone", record.model.name, gone.name)
+            self._instances.own(model, costs, promises(self._context, model.context), manifest)
+
+    async def keep_served(self, name: str, rank: Callable[[], int]) -> None:
+        """See to it that somebody serves a model, for ever. `rank` is this node's place among those alive: the first
+        acts at once, the others only if it does not."""
+        await asyncio.sleep(SETTLE_SECONDS)
+        missing_since = time.monotonic()
+        while True:
+            if self.find(name) is not None:
+                missing_since = time.monotonic()
+            elif time.monotonic() - missing_since >= rank() * RANK_SECONDS:
+                try:
+                    await self.launch(name)
+                except (ModelNameError, ModelFileError, OSError) as error:
+                    log.error("%s cannot be served: %s", name, error)
+                    await asyncio.sleep(RETRY_SECONDS)
+            await self._changed.wait(RANK_SECONDS)
+
+
+def promises(wanted: int | None, most: int) -> list[Promise]:
+    """What to promise, best first: the context wanted, as far as the model goes; by default less while memory is short.
+
+    KV room is for two sequences of full length, or correspondingly more short ones.
+    """
+    context = min(wanted or DEFAULT_CONTEXT, most)
+    made = [Promise(context, 2 * context)]
+    while wanted is None and context // 2 >= SMALLEST_CONTEXT:
+        context //= 2
+        made.append(Promise(context, 2 * context))
+    return made
+
+
+def _read_model(path: Path, name: str, sha256: str, size: int) -> tuple[ModelSummary, ModelCosts]:
+    with GGUFFile.open(path, sparse=True) as file:
+        spec = ArchSpec.from_gguf(file.metadata, file.tensors)
+        return ModelSummary(name, sha256, size, spec.context_length, spec.architecture), model_costs(file, spec)

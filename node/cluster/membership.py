@@ -1,0 +1,135 @@
+"""Who is in the swarm: one record per node, last writer wins, and a failure detector. Pure; time is passed in seconds.
+
+Each node speaks only for itself, so there is nothing to elect. A node whose links close, or that says nothing for
+`SUSPECT_SECONDS`, is suspected; it is gone when that lasts `GONE_SECONDS` more, or at once when it said that it leaves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from swarmd.discovery.records import NodeRecord
+
+SUSPECT_SECONDS = 3.0
+GONE_SECONDS = 1.5
+FORGET_SECONDS = 60.0
+MAX_GONE = 64
+
+
+class MemberState(StrEnum):
+    """What the failure detector thinks of a node."""
+
+    ALIVE = "alive"
+    SUSPECT = "suspect"
+    GONE = "gone"
+
+
+@dataclass
+class Member:
+    """One other node as this one sees it; `since` is when its state began, `heard` when it last spoke."""
+
+    record: NodeRecord
+    state: MemberState
+    heard: float
+    since: float
+
+
+@dataclass(frozen=True)
+class MemberChange:
+    """A node's state changed, or (`state` ALIVE and `joined` False) its record did."""
+
+    node_id: str
+    state: MemberState
+    joined: bool = False
+
+
+class Membership:
+    """The other nodes of the swarm. Every method returns the changes it caused."""
+
+    def __init__(self) -> None:
+        self._members: dict[str, Member] = {}
+        self._links: dict[str, int] = {}
+
+    @property
+    def members(self) -> dict[str, Member]:
+        """All nodes known, gone ones included, by id."""
+        return dict(self._members)
+
+    def alive(self) -> list[NodeRecord]:
+        """The records of the nodes that are counted on, suspected ones included: they may yet answer."""
+        return [m.record for m in self._members.values() if m.state is not MemberState.GONE]
+
+    def get(self, node_id: str) -> Member | None:
+        """One node, or None."""
+        return self._members.get(node_id)
+
+    def on_linked(self, node_id: str, now: float) -> list[MemberChange]:
+        """A link to a node is up; it becomes a member with its first record."""
+        self._links[node_id] = self._links.get(node_id, 0) + 1
+        member = self._members.get(node_id)
+        return self._revive(member, now) if member is not None else []
+
+    def on_unlinked(self, node_id: str, now: float) -> list[MemberChange]:
+        """A link to a node is down."""
+        left = self._links.get(node_id, 0) - 1
+        if left > 0:
+            self._links[node_id] = left
+            return []
+        self._links.pop(node_id, None)
+        member = self._members.get(node_id)
+        if member is None or member.state is MemberState.GONE:
+            return []
+        return self._move(member, MemberState.GONE if member.record.leaving else MemberState.SUSPECT, now)
+
+    def on_record(self, record: NodeRecord, now: float) -> list[MemberChange]:
+        """A node's record arrived over a link of its own. An older one than is known changes nothing."""
+        member = self._members.get(record.id)
+        if member is None:
+            self._members[record.id] = Member(record, MemberState.ALIVE, now, now)
+            return [MemberChange(record.id, MemberState.ALIVE, joined=True)]
+        newer = record.counter > member.record.counter
+        if newer:
+            member.record = record
+        changes = self._revive(member, now)
+        if newer and not changes:
+            changes = [MemberChange(record.id, member.state)]
+        return changes
+
+    def on_heard(self, node_id: str, now: float) -> list[MemberChange]:
+        """A node said anything at all."""
+        member = self._members.get(node_id)
+        return self._revive(member, now) if member is not None else []
+
+    def tick(self, now: float) -> list[MemberChange]:
+        """Time passed: suspect who is silent, give up who was suspected for long, forget who is long gone."""
+        changes: list[MemberChange] = []
+        for member in list(self._members.values()):
+            if member.state is MemberState.ALIVE and now - member.heard >= SUSPECT_SECONDS:
+                changes += self._move(member, MemberState.SUSPECT, now)
+            elif member.state is MemberState.SUSPECT and now - member.since >= GONE_SECONDS:
+                changes += self._move(member, MemberState.GONE, now)
+        self._forget(now)
+        return changes
+
+    def _revive(self, member: Member, now: float) -> list[MemberChange]:
+        member.heard = now
+        if member.state is MemberState.ALIVE or member.record.id not in self._links:
+            return []
+        was_gone = member.state is MemberState.GONE
+        [change] = self._move(member, MemberState.ALIVE, now)
+        return [MemberChange(change.node_id, change.state, joined=was_gone)]
+
+    def _move(self, member: Member, state: MemberState, now: float) -> list[MemberChange]:
+        member.state, member.since = state, now
+        return [MemberChange(member.record.id, state)]
+
+    def _forget(self, now: float) -> None:
+        gone = sorted(
+            (m for m in self._members.values() if m.state is MemberState.GONE),
+            key=lambda m: m.since,
+            reverse=True,
+        )
+        for rank, member in enumerate(gone):
+            if rank >= MAX_GONE or now - member.since > FORGET_SECONDS:
+                del self._members[member.record.id]

@@ -1,0 +1,274 @@
+"""The full mesh of links between daemons: dials who is known, keeps one link per node, carries records and heartbeats.
+
+A thin pump around two pure parts: the dial book (whom to dial) and the membership (who is there).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from msgspec import Struct
+
+from swarmd.discovery.dial_book import Candidate, DialBook
+from swarmd.discovery.mdns import Sighting
+from swarmd.discovery.peers import PeerAddress
+from swarmd.discovery.records import Address, NodeRecord
+from swarmd.node.cluster.membership import MemberChange, Membership, MemberState
+from swarmd.node.cluster.messages import Gossip, Heartbeat, HeartbeatEcho, KnownNode, Publish
+from swarmd.transport.endpoint import Endpoint, LinkRefused
+from swarmd.transport.link import Link, LinkClosed
+from swarmd.transport.log_limit import LogLimit
+
+log = logging.getLogger("swarmd.cluster")
+
+TICK_SECONDS = 0.25
+HEARTBEAT_SECONDS = 1.0
+DIAL_SECONDS = 5.0
+
+OnChange = Callable[[Sequence[MemberChange]], None]
+
+
+class Mesh:
+    """This node's links to the other daemons and its view of who is there.
+
+    `own_record` is asked for whenever this node's record is sent; `on_change` hears of every change of membership.
+    """
+
+    def __init__(
+        self, endpoint: Endpoint, swarm_tag: str, own_record: Callable[[], NodeRecord], on_change: OnChange
+    ) -> None:
+        self.membership = Membership()
+        self.rtt_ms: dict[str, float] = {}
+        self._endpoint = endpoint
+        self._swarm_tag = swarm_tag
+        self._own_record = own_record
+        self._on_change = on_change
+        self._book = DialBook(endpoint.node_id)
+        self._links: dict[str, Link] = {}
+        self._dials: set[asyncio.Task[None]] = set()
+        self._strangers: set[str] = set()
+        self._limit = LogLimit()
+        self._wake = asyncio.Event()
+
+    def link_to(self, node_id: str) -> Link | None:
+        """The link to a node, if one is up."""
+        return self._links.get(node_id)
+
+    def add_static(self, peers: Sequence[PeerAddress]) -> None:
+        """Peers named by a person."""
+        for peer in peers:
+            self._book.note_static(peer, time.monotonic())
+
+    def on_sighting(self, sighting: Sighting) -> None:
+        """mDNS saw a node. Other swarms' nodes are named once and left alone."""
+        if sighting.swarm_tag != self._swarm_tag:
+            if sighting.node_id not in self._strangers and len(self._strangers) < 1024:
+                self._strangers.add(sighting.node_id)
+                log.info(
+                    "node %s on this network belongs to another swarm (its join token differs); not dialled",
+                    sighting.node_id[:12],
+                )
+            return
+        self._book.note_sighting(sighting.node_id, sighting.addresses, time.monotonic())
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Dial, beat and watch the time until cancelled."""
+        for beat in itertools.count():
+            now = time.monotonic()
+            self._dial_due(now)
+            self._report(self.membership.tick(now))
+            if beat % round(HEARTBEAT_SECONDS / TICK_SECONDS) == 0:
+                await self._send_all(Heartbeat(self._own_record().counter, now))
+            self._wake.clear()
+            try:
+                async with asyncio.timeout(TICK_SECONDS):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+
+    async def publish(self) -> None:
+        """Send this node's record, which has changed, to everybody."""
+        await self._send_all(Publish(self._own_record()))
+
+    async def close(self) -> None:
+        """Stop dialling; the endpoint closes the links."""
+        for task in self._dials:
+            task.cancel()
+        await asyncio.gather(*self._dials, return_exceptions=True)
+
+    async def on_link(self, link: Link) -> None:
+        """A link with a daemon is up: introduce this node and whom it knows."""
+        now = time.monotonic()
+        address = link.remote_address if link.initiator else None
+        self._book.note_linked(link.peer_id, address, now)
+        self._report(self.membership.on_linked(link.peer_id, now))
+        rival = self._links.get(link.peer_id)
+        if rival is None or self._is_better(link, rival):
+            self._links[link.peer_id] = link
+        surplus = self._surplus(link, rival)
+        await link.send(Publish(self._own_record()))
+        if surplus is not None:
+            asyncio.get_running_loop().create_task(surplus.close("another link with the same node is kept"))
+            return
+        gossip = self._gossip()
+        for other in [link, *self._links.values()]:
+            if gossip.nodes and (other is link or other.peer_id != link.peer_id):
+                await self._send(other, gossip)
+
+    async def on_message(self, link: Link, message: Struct) -> None:
+        """A message of another daemon's control plane."""
+        now = time.monotonic()
+        match message:
+            case Publish(record=record):
+                if record.id != link.peer_id:
+                    log.warning("%s sent a record of another node; ignored", link.peer.name)
+                    return
+                self._note_addresses(record, link)
+                self._report(self.membership.on_record(record, now))
+            case Heartbeat(sent_at=sent_at):
+                self._report(self.membership.on_heard(link.peer_id, now))
+                await self._send(link, HeartbeatEcho(sent_at))
+            case HeartbeatEcho(sent_at=sent_at):
+                self._report(self.membership.on_heard(link.peer_id, now))
+                self.rtt_ms[link.peer_id] = max(0.0, (now - sent_at) * 1000)
+            case Gossip(nodes=nodes):
+                for node in nodes:
+                    self._book.note_gossip(node.id, [(a.host, a.port) for a in node.addresses], now)
+                self._wake.set()
+
+    async def on_closed(self, link: Link) -> None:
+        """A link with a daemon is down."""
+        now = time.monotonic()
+        if self._links.get(link.peer_id) is link:
+            del self._links[link.peer_id]
+            self.rtt_ms.pop(link.peer_id, None)
+            other = next(
+                (o for o in self._endpoint.links if o.peer_id == link.peer_id and _usable(o) and o is not link),
+                None,
+            )
+            if other is not None:
+                self._links[link.peer_id] = other
+            else:
+                self._book.note_lost(link.peer_id, now)
+        self._report(self.membership.on_unlinked(link.peer_id, now))
+        self._wake.set()
+
+    def _is_better(self, link: Link, rival: Link) -> bool:
+        """Both sides keep the link that the lower id dialled; of two dialled by one side, the first."""
+        if rival.closed:
+            return True
+        return link.initiator != rival.initiator and self._dialled_by_lower(link)
+
+    def _surplus(self, link: Link, rival: Link | None) -> Link | None:
+        """The link to close, if it is this side's to close: the dialler closes what it dialled in vain."""
+        if rival is None or rival.closed:
+            return None
+        loser = rival if self._links[link.peer_id] is link else link
+        return loser if loser.initiator else None
+
+    def _dialled_by_lower(self, link: Link) -> bool:
+        return link.initiator == (self._endpoint.node_id < link.peer_id)
+
+    def _note_addresses(self, record: NodeRecord, link: Link) -> None:
+        """Where a member may be reached later: what it says, and the host that this link shows."""
+        addresses = [(a.host, a.port) for a in record.addresses]
+        ports = {port for _, port in addresses}
+        if len(ports) == 1:
+            addresses.append((link.remote_address[0], ports.pop()))
+        self._book.note_gossip(record.id, addresses, time.monotonic())
+
+    def _gossip(self) -> Gossip:
+        nodes = []
+        for node_id in self._links:
+            member = self.membership.get(node_id)
+            if member is not None and member.state is not MemberState.GONE:
+                nodes.append(KnownNode(node_id, member.record.addresses))
+        return Gossip(tuple(nodes[:512]))
+
+    def _dial_due(self, now: float) -> None:
+        by_node: dict[str | None, list[Candidate]] = {}
+        for candidate in self._book.due(now):
+            by_node.setdefault(candidate.node_id, []).append(candidate)
+        for static in by_node.pop(None, []):
+            self._start_dial([static])
+        for candidates in by_node.values():
+            self._start_dial(candidates)
+
+    def _start_dial(self, candidates: list[Candidate]) -> None:
+        task = asyncio.create_task(self._race(candidates), name="dial")
+        self._dials.add(task)
+        task.add_done_callback(self._dials.discard)
+
+    async def _race(self, candidates: list[Candidate]) -> None:
+        """Dial all addresses of one node at once and keep the first that answers."""
+        attempts = {asyncio.create_task(self._dial(candidate)) for candidate in candidates}
+        reason = ""
+        try:
+            while attempts:
+                done, attempts = await asyncio.wait(attempts, return_when=asyncio.FIRST_COMPLETED)
+                reasons = [attempt.result() for attempt in done]
+                if "" in reasons:
+                    return
+                reason = reason or reasons[0]
+        finally:
+            for attempt in attempts:
+                attempt.cancel()
+        self._log_unreachable(candidates, reason)
+
+    async def _dial(self, candidate: Candidate) -> str:
+        """Why there is no link, or nothing when there is one. Static peers' refusals are logged one by one."""
+        try:
+            link = await self._endpoint.dial(
+                candidate.host,
+                candidate.port,
+                expect=candidate.node_id,
+                timeout=DIAL_SECONDS,
+                quiet=candidate.node_id is not None,
+            )
+        except LinkRefused as error:
+            self._book.note_failed(candidate.address, time.monotonic())
+            return error.reason
+        self._book.note_linked(link.peer_id, candidate.address, time.monotonic())
+        return ""
+
+    def _log_unreachable(self, candidates: list[Candidate], reason: str) -> None:
+        """One line for a node, however many addresses it has."""
+        node_id = candidates[0].node_id
+        if node_id is not None and self._limit.admit(f"{node_id} {reason}", time.monotonic()) is not None:
+            log.info("node %s cannot be reached at any of its addresses: %s", node_id[:12], reason)
+
+    async def _send_all(self, message: Struct) -> None:
+        await asyncio.gather(*(self._send(link, message) for link in list(self._links.values())))
+
+    async def _send(self, link: Link, message: Struct) -> None:
+        """One that is stuck must not hold up the others: back-pressure beyond a beat is a missed message."""
+        try:
+            async with asyncio.timeout(HEARTBEAT_SECONDS):
+                await link.send(message)
+        except (LinkClosed, TimeoutError):
+            pass
+
+    def _report(self, changes: Sequence[MemberChange]) -> None:
+        for change in changes:
+            member = self.membership.get(change.node_id)
+            name = member.record.name if member is not None else "?"
+            if change.joined:
+                log.info("node %s (%s) is a member", name, change.node_id[:12])
+            elif change.state is not MemberState.ALIVE:
+                log.warning("node %s (%s) is %s", name, change.node_id[:12], change.state)
+        if changes:
+            self._on_change(changes)
+
+
+def advertised(hosts: Sequence[str], port: int) -> tuple[Address, ...]:
+    """The addresses under which a process that listens on every interface can be reached."""
+    return tuple(Address(host, port) for host in hosts[:64])
+
+
+def _usable(link: Link) -> bool:
+    return link.peer.role == "daemon" and not link.closed

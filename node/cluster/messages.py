@@ -1,0 +1,152 @@
+"""What daemons say to each other: membership, model bytes, and the orders of an instance's owner."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+from swarmd.discovery.records import Address, Count, NodeId, NodeRecord, ShortText
+from swarmd.node.models.manifest import ModelManifest
+from swarmd.node.serving.messages import DATA_MESSAGES, WireDtype
+
+Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class Publish(Struct, frozen=True, tag="publish"):
+    """The sender's own record; sent on a new link and whenever it changes."""
+
+    record: NodeRecord
+
+
+class Heartbeat(Struct, frozen=True, tag="heartbeat"):
+    """The sender is alive and its record is still the one of this counter."""
+
+    counter: Count
+    sent_at: float = 0.0
+
+
+class HeartbeatEcho(Struct, frozen=True, tag="heartbeat.echo"):
+    """Answer to a heartbeat, by which the sender measures the round trip."""
+
+    sent_at: float
+
+
+class KnownNode(Struct, frozen=True, array_like=True):
+    """A member and where it may be reached; a hint to dial, proven only by the link."""
+
+    id: NodeId
+    addresses: Annotated[tuple[Address, ...], Meta(max_length=64)]
+
+
+class Gossip(Struct, frozen=True, tag="gossip"):
+    """The members that the sender has links with; sent on a new link and when one is added."""
+
+    nodes: Annotated[tuple[KnownNode, ...], Meta(max_length=512)]
+
+
+class GetManifest(Struct, frozen=True, tag="model.manifest"):
+    """Ask for the manifest of a model that the other side holds."""
+
+    sha256: Sha256
+
+
+class Manifest(Struct, frozen=True, tag="model.manifest.is"):
+    """The manifest asked for."""
+
+    manifest: ModelManifest
+
+
+class GetChunk(Struct, frozen=True, tag="model.chunk"):
+    """Ask for one chunk of a model file."""
+
+    sha256: Sha256
+    index: Count
+
+
+class ModelChunk(Struct, frozen=True, tag="model.chunk.is"):
+    """The chunk asked for is this frame's payload."""
+
+
+class StartStage(Struct, frozen=True, tag="stage.start"):
+    """Owner to member: fetch what is missing of the model, start a stage process and load layers [start, end).
+
+    An order of a higher epoch replaces an earlier one of the same instance.
+    """
+
+    instance: ShortText
+    epoch: Count
+    index: Count
+    model: ModelManifest
+    start: Count
+    end: Count
+    kv_tokens: Count
+    context: Count
+    wire_dtype: WireDtype
+
+
+class StageStarted(Struct, frozen=True, tag="stage.started"):
+    """The stage is loaded; its process accepts links at these addresses."""
+
+    addresses: Annotated[tuple[Address, ...], Meta(max_length=64)]
+    weight_bytes: Count
+
+
+class StageProgress(Struct, frozen=True, tag="stage.progress"):
+    """Member to owner while a stage starts: bytes fetched and loaded, of so many."""
+
+    instance: ShortText
+    epoch: Count
+    index: Count
+    done_bytes: Count
+    total_bytes: Count
+
+
+class WireStage(Struct, frozen=True, tag="stage.wire"):
+    """Owner to member: connect your stage to the next one of the ring."""
+
+    instance: ShortText
+    epoch: Count
+    n_stages: Count
+    next_node: NodeId
+    next_addresses: Annotated[tuple[Address, ...], Meta(max_length=64)]
+
+
+class StageWired(Struct, frozen=True, tag="stage.wired"):
+    """The stage is connected."""
+
+
+class StopStage(Struct, frozen=True, tag="stage.stop"):
+    """Owner to member: end your stage of this instance, if it is of this epoch or an earlier one."""
+
+    instance: ShortText
+    epoch: Count
+
+
+class StageLost(Struct, frozen=True, tag="stage.lost"):
+    """Member to owner: a stage of this epoch ended or lost a neighbour."""
+
+    instance: ShortText
+    epoch: Count
+    index: Count
+    reason: Annotated[str, Meta(max_length=1024)]
+
+
+DAEMON_MESSAGES = (
+    *DATA_MESSAGES,
+    Publish,
+    Heartbeat,
+    HeartbeatEcho,
+    Gossip,
+    GetManifest,
+    Manifest,
+    GetChunk,
+    ModelChunk,
+    StartStage,
+    StageStarted,
+    StageProgress,
+    WireStage,
+    StageWired,
+    StopStage,
+    StageLost,
+)

@@ -1,0 +1,181 @@
+"""What a member does at an owner's orders: bring the bytes, start the stage, wire it, stop it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from msgspec import Struct
+
+from swarmd.discovery.records import Address
+from swarmd.node.cluster.mesh import Mesh, advertised
+from swarmd.node.cluster.messages import (
+    StageLost,
+    StageProgress,
+    StageStarted,
+    StageWired,
+    StartStage,
+    StopStage,
+    WireStage,
+)
+from swarmd.node.cluster.model_exchange import ModelExchange
+from swarmd.node.models.errors import ModelFileError
+from swarmd.node.models.progress import Progress
+from swarmd.node.serving.messages import LoadEngine
+from swarmd.node.serving.stage_host import StageHost
+from swarmd.transport.link import LinkClosed, RemoteError
+
+log = logging.getLogger("swarmd.stages")
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Whose order a stage follows."""
+
+    owner: str
+    index: int
+
+
+class StageOrders:
+    """Carries out orders for this node's stages and reports back to whoever gave them.
+
+    `deliver` hands a report to its owner: over the link, or directly when this node is the owner itself.
+    """
+
+    def __init__(
+        self,
+        own_id: str,
+        mesh: Callable[[], Mesh],
+        exchange: ModelExchange,
+        *,
+        threads: int,
+        hosts: Callable[[], list[str]],
+        deliver: Callable[[str, Struct], None],
+    ) -> None:
+        self._own_id = own_id
+        self._mesh = mesh
+        self._exchange = exchange
+        self._threads = threads
+        self._hosts = hosts
+        self._deliver = deliver
+        self._sources: dict[tuple[str, int], _Source] = {}
+        self._starting: dict[str, asyncio.Task[StageStarted]] = {}
+        self.host: StageHost | None = None
+
+    async def carry_out(self, owner: str, order: Struct) -> Struct:
+        """Do what `owner` orders. Raises RemoteError with the reason when it cannot be done."""
+        match order:
+            case StartStage():
+                return await self._start(owner, order)
+            case WireStage():
+                return await self._wire(order)
+            case StopStage():
+                await self._stop(order.instance, order.epoch)
+                return StageWired()
+        raise RemoteError("unknown", f"not an order: {type(order).__name__}")
+
+    def on_lost(self, job: LoadEngine, reason: str) -> None:
+        """A stage of this node ended by itself."""
+        source = self._sources.get((job.instance, job.epoch))
+        if source is not None:
+            self._deliver(source.owner, StageLost(job.instance, job.epoch, source.index, reason[:1000]))
+
+    def on_progress(self, job: LoadEngine, done: int, total: int) -> None:
+        """A stage of this node reads its weights; fetching counts as the first half."""
+        source = self._sources.get((job.instance, job.epoch))
+        if source is not None:
+            self._tell_progress(source, job.instance, job.epoch, total + done, 2 * total)
+
+    async def prune(self, instance: str, epoch: int) -> None:
+        """End this node's stage of an instance that has moved on to epoch `epoch` without it."""
+        await self._stop(instance, epoch - 1)
+
+    async def _start(self, owner: str, order: StartStage) -> StageStarted:
+        """An order replaces the one before it, also while that one is still fetching."""
+        before = self._starting.pop(order.instance, None)
+        if before is not None:
+            before.cancel()
+        task = asyncio.create_task(self._bring_up(owner, order))
+        self._starting[order.instance] = task
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if task.cancelled():
+                raise RemoteError("stale_epoch", "a later order replaced this one") from None
+            task.cancel()
+            raise
+        finally:
+            if self._starting.get(order.instance) is task:
+                del self._starting[order.instance]
+
+    async def _bring_up(self, owner: str, order: StartStage) -> StageStarted:
+        assert self.host is not None
+        source = _Source(owner, order.index)
+        self._sources = {key: kept for key, kept in self._sources.items() if key[0] != order.instance}
+        self._sources[order.instance, order.epoch] = source
+
+        def fetched(progress: Progress) -> None:
+            self._tell_progress(source, order.instance, order.epoch, progress.done_bytes, 2 * progress.total_bytes)
+
+        try:
+            path, sparse = await self._exchange.stage_file(order.model, order.start, order.end, fetched)
+        except (ModelFileError, OSError) as error:
+            raise RemoteError("fetch_failed", str(error)) from error
+        loaded = await self.host.start(
+            LoadEngine(
+                instance=order.instance,
+                epoch=order.epoch,
+                model_path=str(path),
+                sparse=sparse,
+                start=order.start,
+                end=order.end,
+                kv_tokens=order.kv_tokens,
+                context=order.context,
+                threads=self._threads,
+                wire_dtype=order.wire_dtype,
+            )
+        )
+        return StageStarted(advertised(self._hosts(), loaded.port), loaded.weight_bytes)
+
+    async def _wire(self, order: WireStage) -> StageWired:
+        assert self.host is not None
+        addresses = self._reachable_first(order.next_node, order.next_addresses)
+        await self.host.connect(order.instance, order.epoch, order.n_stages, order.next_node, addresses)
+        return StageWired()
+
+    async def _stop(self, instance: str, epoch: int) -> None:
+        assert self.host is not None
+        job = self.host.job(instance)
+        starting = self._starting.get(instance)
+        if starting is not None and (job is None or job.epoch <= epoch):
+            starting.cancel()
+        await self.host.stop(instance, epoch)
+
+    def _reachable_first(self, node: str, addresses: tuple[Address, ...]) -> tuple[Address, ...]:
+        return reachable_first(self._own_id, self._mesh(), node, addresses)
+
+    def _tell_progress(self, source: _Source, instance: str, epoch: int, done: int, total: int) -> None:
+        self._deliver(source.owner, StageProgress(instance, epoch, source.index, done, total))
+
+
+def reachable_first(own_id: str, mesh: Mesh, node: str, addresses: tuple[Address, ...]) -> tuple[Address, ...]:
+    """The addresses of a process on `node`, the host over which that node is reached at present first."""
+    if not addresses:
+        return ()
+    link = mesh.link_to(node)
+    host = "127.0.0.1" if node == own_id else link.remote_address[0] if link is not None and not link.closed else None
+    if host is None:
+        return addresses
+    return (Address(host, addresses[0].port), *(a for a in addresses if a.host != host))
+
+
+async def deliver_over_link(mesh: Mesh, owner: str, report: Struct) -> None:
+    """Send a report to an owner on another node; one that cannot be reached finds out by itself."""
+    link = mesh.link_to(owner)
+    if link is not None:
+        try:
+            await link.send(report)
+        except LinkClosed:
+            log.debug("%s is gone; %s not delivered", owner[:12], type(report).__name__)

@@ -1,0 +1,67 @@
+"""Counters of this node's endpoint, under vLLM's names with our prefix, in Prometheus' format."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from swarmd.discovery.records import LoadRecord
+from swarmd.node.serving.gateway import Prepared
+from swarmd.node.serving.generation import Ending, GenerationError, Piece
+
+_TTFT_BUCKETS = (0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_ITL_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2.5, 5)
+
+
+class Metrics:
+    """What this node's endpoint has served, and how busy the drivers of the swarm say they are."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        r, labels = self._registry, ["model_name"]
+        self._prompt = Counter("swarmd_prompt_tokens", "Prompt tokens of answered requests.", labels, registry=r)
+        self._generated = Counter("swarmd_generation_tokens", "Tokens generated.", labels, registry=r)
+        self._success = Counter(
+            "swarmd_request_success",
+            "Requests answered to their end.",
+            [*labels, "finished_reason"],
+            registry=r,
+        )
+        self._failed = Counter("swarmd_request_failure", "Requests that failed.", [*labels, "code"], registry=r)
+        self._ttft = Histogram("swarmd_time_to_first_token_seconds", "TTFT.", labels, buckets=_TTFT_BUCKETS, registry=r)
+        self._itl = Histogram("swarmd_inter_token_latency_seconds", "ITL.", labels, buckets=_ITL_BUCKETS, registry=r)
+        self._running = Gauge("swarmd_num_requests_running", "Sequences that hold KV.", labels, registry=r)
+        self._waiting = Gauge("swarmd_num_requests_waiting", "Sequences that wait.", labels, registry=r)
+        self._kv = Gauge("swarmd_kv_cache_usage_perc", "Share of the KV room in use, 0 to 1.", labels, registry=r)
+        self._nodes = Gauge("swarmd_nodes_alive", "Nodes of the swarm that are alive.", registry=r)
+
+    async def observe(self, prepared: Prepared, items: AsyncIterator[Piece | Ending]) -> AsyncIterator[Piece | Ending]:
+        """Pass a stream through, counting it."""
+        model = prepared.record.model.name
+        last = time.perf_counter()
+        first = True
+        try:
+            async for item in items:
+                now = time.perf_counter()
+                if isinstance(item, Ending):
+                    self._prompt.labels(model).inc(item.prompt_tokens)
+                    self._success.labels(model, item.reason).inc()
+                elif item.tokens:
+                    (self._ttft if first else self._itl).labels(model).observe(now - last)
+                    self._generated.labels(model).inc(len(item.tokens))
+                    first, last = False, now
+                yield item
+        except GenerationError as error:
+            self._failed.labels(model, error.code).inc()
+            raise
+
+    def render(self, loads: Iterable[tuple[str, LoadRecord]], nodes_alive: int) -> bytes:
+        """The exposition; `loads` are (model name, load of its driver)."""
+        self._nodes.set(nodes_alive)
+        for model, load in loads:
+            self._running.labels(model).set(load.running)
+            self._waiting.labels(model).set(load.waiting)
+            self._kv.labels(model).set(load.kv_tokens_used / load.kv_tokens if load.kv_tokens else 0)
+        return generate_latest(self._registry)

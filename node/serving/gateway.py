@@ -1,0 +1,190 @@
+"""The entry node's side of a request: find the instance, tokenize, stream from its driver, go on when it is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+
+from msgspec.structs import replace
+
+from swarmd.discovery.records import InstanceRecord, InstanceState
+from swarmd.node.cluster.signal import Signal
+from swarmd.node.models.errors import ModelFileError
+from swarmd.node.models.front import ModelFront
+from swarmd.node.serving.generation import Ending, GenerationError, GenerationRequest, Piece
+from swarmd.node.serving.messages import Finished, Generate, Token
+from swarmd.node.serving.text_stream import TextStream
+from swarmd.transport.link import Link, LinkClosed, RemoteError
+
+log = logging.getLogger("swarmd.gateway")
+
+READY_SECONDS = 30.0
+RECOVERY_SECONDS = 9.0
+# What a driver says when another one, of a later epoch, will answer.
+_LOST_CODES = frozenset({"stage_lost", "stale_epoch", "not_driver", "unreachable"})
+
+FindInstance = Callable[[str], InstanceRecord | None]
+DriverLink = Callable[[InstanceRecord], Awaitable[Link]]
+LoadFront = Callable[[InstanceRecord], Awaitable[ModelFront]]
+
+
+@dataclass
+class Prepared:
+    """A request that was checked and tokenized, ready to stream."""
+
+    request: GenerationRequest
+    record: InstanceRecord
+    front: ModelFront
+    prompt: list[int]
+    max_tokens: int
+
+
+class Gateway:
+    """Turns requests into streams of text.
+
+    `find` gives the instance that serves a model name, `driver_link` a link to its driver (RemoteError `unreachable`),
+    `load_front` its tokenizer and template; `changed` fires when the swarm's state has.
+    """
+
+    def __init__(self, find: FindInstance, driver_link: DriverLink, load_front: LoadFront, changed: Signal) -> None:
+        self._find = find
+        self._driver_link = driver_link
+        self._load_front = load_front
+        self._changed = changed
+
+    async def prepare(self, request: GenerationRequest) -> Prepared:
+        """Check a request against its model. Raises GenerationError; nothing is computed yet."""
+        record = await self._ready(request.model, 0, READY_SECONDS)
+        try:
+            front = await self._load_front(record)
+            prompt = await asyncio.to_thread(_encode, front, request)
+        except ModelFileError as error:
+            raise GenerationError("model_loading", str(error), retry_after=5) from error
+        except ValueError as error:
+            param = "messages" if request.messages is not None else "prompt"
+            raise GenerationError("invalid_request", str(error), param=param) from error
+        room = record.model.context - len(prompt)
+        if not prompt:
+            raise GenerationError("invalid_request", "the prompt is empty", param="prompt")
+        if room <= 0:
+            raise GenerationError(
+                "context_length_exceeded",
+                f"the prompt is {len(prompt)} tokens long and the context of {record.model.name} here is "
+                f"{record.model.context} tokens; shorten it, or start the swarm with a larger --context",
+                param="messages" if request.messages is not None else "prompt",
+            )
+        max_tokens = room if request.max_tokens is None else min(request.max_tokens, room)
+        return Prepared(request, record, front, prompt, max_tokens)
+
+    async def stream(self, prepared: Prepared) -> AsyncIterator[Piece | Ending]:
+        """The answer, ended by Ending.
+
+        When the driver or a stage is lost, the prompt and the tokens so far are replayed in the next epoch and the
+        answer goes on; if none comes in time, GenerationError `node_lost`.
+        """
+        text = TextStream(prepared.front.tokenizer, prepared.request.stop)
+        record, lost_at = prepared.record, 0.0
+        while True:
+            try:
+                async for piece in self._attempt(prepared, record, text):
+                    lost_at = 0.0
+                    yield piece
+                return
+            except (LinkClosed, RemoteError) as error:
+                reason = _lost_or_raise(error)
+            lost_at = lost_at or time.monotonic()
+            log.warning("the pipeline of %s was lost (%s); waiting for the next epoch", record.model.name, reason)
+            record = await self._next_epoch(prepared.request.model, record, lost_at, reason)
+
+    async def _attempt(
+        self, prepared: Prepared, record: InstanceRecord, text: TextStream
+    ) -> AsyncIterator[Piece | Ending]:
+        """Stream from one driver; raises LinkClosed or RemoteError when it is lost."""
+        n_prompt, left = len(prepared.prompt), prepared.max_tokens - len(text.tokens)
+        if left <= 0:
+            yield text.finish()
+            yield Ending("stop" if text.stopped else "length", n_prompt, len(text.tokens))
+            return
+        order = Generate(
+            instance=record.id,
+            epoch=record.epoch,
+            tokens=(*prepared.prompt, *text.tokens),
+            sampling=replace(prepared.request.sampling, prompt_tokens=n_prompt),
+            max_tokens=left,
+            stop_tokens=tuple(sorted(prepared.front.tokenizer.eos_ids)),
+        )
+        link = await self._driver_link(record)
+        async with link.stream(order) as items:
+            async for item in items:
+                if isinstance(item, Token):
+                    yield text.push(item)
+                    if text.stopped:
+                        yield Ending("stop", n_prompt, len(text.tokens))
+                        return
+                elif isinstance(item, Finished):
+                    yield text.finish()
+                    reason = "stop" if text.stopped else item.reason
+                    yield Ending(reason, n_prompt, len(text.tokens))
+                    return
+        raise LinkClosed("the driver ended the stream early")
+
+    async def _ready(self, model: str, above_epoch: int, seconds: float) -> InstanceRecord:
+        """The instance of a model, ready, in an epoch above `above_epoch`; waits for one that is on its way."""
+        deadline = time.monotonic() + seconds
+        while True:
+            record = self._find(model)
+            if record is None and not above_epoch:
+                raise GenerationError("model_not_found", f"no instance of model {model!r} runs in this swarm")
+            if record is not None and record.state is InstanceState.READY and record.epoch > above_epoch:
+                return record
+            if record is not None and record.state is InstanceState.WAITING and "missing" in record.reason:
+                raise GenerationError("not_enough_memory", record.reason, retry_after=10)
+            left = deadline - time.monotonic()
+            if left <= 0:
+                state = record.state if record is not None else "gone"
+                raise GenerationError(
+                    "model_loading",
+                    f"model {model!r} is not ready yet ({state}); try again soon",
+                    retry_after=5,
+                )
+            await self._changed.wait(left)
+
+    async def _next_epoch(self, model: str, lost: InstanceRecord, lost_at: float, reason: str) -> InstanceRecord:
+        left = lost_at + RECOVERY_SECONDS - time.monotonic()
+        try:
+            if left <= 0:
+                raise GenerationError("node_lost", reason)
+            return await self._ready(model, lost.epoch, left)
+        except GenerationError as error:
+            raise GenerationError(
+                "node_lost",
+                f"a node of the pipeline was lost and no other could go on with the answer in time ({error.message})",
+                retry_after=10,
+            ) from error
+
+
+def _lost_or_raise(error: LinkClosed | RemoteError) -> str:
+    """Why a driver was lost, in words; GenerationError when it answered that the request cannot be served."""
+    if isinstance(error, LinkClosed):
+        return error.reason
+    if error.code in _LOST_CODES:
+        return error.message
+    if error.code == "overloaded":
+        raise GenerationError("overloaded", error.message, retry_after=2) from error
+    if error.code == "invalid":
+        raise GenerationError("context_length_exceeded", error.message) from error
+    raise GenerationError("engine_error", error.message) from error
+
+
+def _encode(front: ModelFront, request: GenerationRequest) -> list[int]:
+    if request.messages is not None:
+        return front.encode_chat(request.messages)
+    if isinstance(request.prompt, str):
+        return front.encode_text(request.prompt)
+    tokens = list(request.prompt or ())
+    if any(not 0 <= token < front.tokenizer.vocab_size for token in tokens):
+        raise ValueError(f"token ids must be between 0 and {front.tokenizer.vocab_size - 1}")
+    return tokens

@@ -1,0 +1,184 @@
+"""What travels on the data plane: entry node to driver, and around the ring of stages.
+
+The stages of an instance form a ring: stage i dials stage i+1, the last one dials the first. Hidden states go forward
+as the payload of `Step`; from the last stage to the first, where the driver is, the ring carries `Sampled`.
+Every frame of the ring names its epoch, so that a stage can drop what belongs to an earlier plan.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+from swarmd.discovery.records import Address, LoadRecord
+from swarmd.node.engine.sampling_params import SamplingParams
+
+Tokens = Annotated[tuple[int, ...], Meta(max_length=1 << 20)]
+WireDtype = Literal["f32", "bf16"]
+
+
+class LoadEngine(Struct, frozen=True, tag="engine.load"):
+    """Daemon to its own stage process: load layers [start, end) of the model file and listen for links."""
+
+    instance: str
+    epoch: int
+    model_path: str
+    sparse: bool
+    start: int
+    end: int
+    kv_tokens: int
+    context: int
+    threads: int
+    wire_dtype: WireDtype
+
+
+class EngineLoaded(Struct, frozen=True, tag="engine.loaded"):
+    """The stage holds its layers and accepts links on `port`."""
+
+    port: int
+    weight_bytes: int
+
+
+class EngineProgress(Struct, frozen=True, tag="engine.progress"):
+    """Bytes of weights read so far, stage process to daemon."""
+
+    done_bytes: int
+    total_bytes: int
+
+
+class Connect(Struct, frozen=True, tag="engine.connect"):
+    """Daemon to its own stage process: the next stage of the ring, and how many there are; `next_node` must answer."""
+
+    n_stages: int
+    next_node: str
+    next_addresses: tuple[Address, ...]
+
+
+class Connected(Struct, frozen=True, tag="engine.connected"):
+    """The link to the next stage is up."""
+
+
+class EngineTrouble(Struct, frozen=True, tag="engine.trouble"):
+    """Stage process to daemon: this stage cannot go on with its epoch, and why."""
+
+    reason: str
+
+
+class EngineLoad(Struct, frozen=True, tag="engine.busy"):
+    """Driver to its daemon: how busy it is; sent when it changes, a few times a second at most."""
+
+    load: LoadRecord
+
+
+class JoinRing(Struct, frozen=True, tag="ring.join"):
+    """First request on a ring link: I am the stage before you in this epoch."""
+
+    instance: str
+    epoch: int
+
+
+class Chunk(Struct, frozen=True, array_like=True):
+    """`append(seq, start, tokens)`: consecutive tokens of one sequence, the first at position `start`.
+
+    With `sample`, the last stage draws the token that follows.
+    """
+
+    seq: int
+    start: int
+    tokens: Tokens
+    sample: bool
+
+
+class Opening(Struct, frozen=True, array_like=True):
+    """A sequence begins; it is sampled by these wishes."""
+
+    seq: int
+    sampling: SamplingParams
+
+
+class Step(Struct, frozen=True, tag="ring.step"):
+    """One micro-batch. Applied in this order: `free`, `open`, then the chunks.
+
+    The payload is the hidden states, [total tokens of the chunks, hidden size], row-major, in `dtype`; empty for a
+    step without chunks.
+    """
+
+    epoch: int
+    step: int
+    open: tuple[Opening, ...]
+    chunks: tuple[Chunk, ...]
+    free: tuple[int, ...]
+    dtype: WireDtype
+
+
+class TokenChoice(Struct, frozen=True, array_like=True):
+    """The token drawn for position `position` of a sequence, its log-probability, and the most likely ones if asked."""
+
+    seq: int
+    position: int
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Sampled(Struct, frozen=True, tag="ring.sampled"):
+    """What the last stage drew in one step."""
+
+    epoch: int
+    step: int
+    choices: tuple[TokenChoice, ...]
+
+
+class StepFailed(Struct, frozen=True, tag="ring.failed"):
+    """A stage could not run a step; handed on around the ring to the driver."""
+
+    epoch: int
+    step: int
+    reason: str
+
+
+class Generate(Struct, frozen=True, tag="generate"):
+    """Entry node to driver, as a stream: continue `tokens`, of which `sampling.prompt_tokens` are the prompt.
+
+    The rest was generated before (a replay), so `max_tokens` counts only what is still to come.
+    """
+
+    instance: str
+    epoch: int
+    tokens: Tokens
+    sampling: SamplingParams
+    max_tokens: int
+    stop_tokens: tuple[int, ...]
+
+
+class Token(Struct, frozen=True, tag="token"):
+    """One generated token, in order."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Finished(Struct, frozen=True, tag="finished"):
+    """The generation ended by itself: at a stop token (not sent as a Token) or at the length asked for."""
+
+    reason: Literal["stop", "length"]
+
+
+DATA_MESSAGES = (
+    LoadEngine,
+    EngineLoaded,
+    EngineProgress,
+    Connect,
+    Connected,
+    EngineTrouble,
+    EngineLoad,
+    JoinRing,
+    Step,
+    Sampled,
+    StepFailed,
+    Generate,
+    Token,
+    Finished,
+)

@@ -1,0 +1,35 @@
+"""From token ids to text: detokenizing, stop strings and log-probabilities of one generation. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from swarmd.node.models.stop_strings import StopMatcher
+from swarmd.node.models.tokenizer import Tokenizer
+from swarmd.node.serving.generation import Piece, PieceToken
+from swarmd.node.serving.messages import Token
+
+
+class TextStream:
+    """The text side of one generation. It survives a change of drivers: tokens are all it is fed."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+        self.tokens: list[int] = []
+        self.stopped = False
+        self._tokenizer = tokenizer
+        self._detokenizer = tokenizer.detokenizer()
+        self._matcher = StopMatcher(stop)
+
+    def push(self, token: Token) -> Piece:
+        """Take one token; the text that may be shown now. Sets `stopped` at a stop string."""
+        self.tokens.append(token.token)
+        text, self.stopped = self._matcher.push(self._detokenizer.push(token.token))
+        top = tuple((self._tokenizer.token_text(id_), logprob) for id_, logprob in token.top)
+        return Piece(text, (PieceToken(self._tokenizer.token_text(token.token), token.logprob, top),))
+
+    def finish(self) -> Piece:
+        """The text that was held back, at the end; sets `stopped` if a stop string is complete only now."""
+        if self.stopped:
+            return Piece("")
+        text, self.stopped = self._matcher.push(self._detokenizer.flush())
+        return Piece(text if self.stopped else text + self._matcher.flush())

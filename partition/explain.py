@@ -1,0 +1,61 @@
+"""A plan's reasons, in words for the person who runs the swarm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from swarmd.partition.plan import Capacity, PlannedStage, Promise
+from swarmd.partition.units import format_bytes
+
+
+def explain_single(
+    stages: Sequence[PlannedStage], devices: Sequence[Capacity], promise: Promise, *, shrunk: bool
+) -> tuple[str, ...]:
+    """Why one device holds everything."""
+    used = _find(stages[0], devices)
+    lines = [f"{used.label} holds the whole model: {_fill(stages[0], used)}"]
+    for other in devices:
+        if other is not used:
+            lines.append(
+                f"{other.label} is not needed: a model that fits on one node is not split unless asked (--split)"
+            )
+    return (*lines, *_promise_lines(promise, shrunk))
+
+
+def explain_split(
+    stages: Sequence[PlannedStage], devices: Sequence[Capacity], promise: Promise, *, shrunk: bool
+) -> tuple[str, ...]:
+    """Why each device has the layers it has, or none."""
+    lines, used = [], []
+    for stage in stages:
+        device = _find(stage, devices)
+        used.append(device)
+        lines.append(f"{device.label}: layers {stage.start} to {stage.end - 1}, {_fill(stage, device)}")
+    for other in devices:
+        if other not in used:
+            lines.append(f"{other.label} is left out: its {format_bytes(other.memory)} would carry less than it costs")
+    return (*lines, *_promise_lines(promise, shrunk))
+
+
+def explain_too_small(whole: int, missing: int, devices: Sequence[Capacity], promise: Promise) -> str:
+    """What is missing and what to do about it."""
+    have = sum(device.memory for device in devices)
+    return (
+        f"the model needs {format_bytes(whole)} with a context of {promise.context} tokens, and the swarm's "
+        f"{len(devices)} device(s) offer {format_bytes(have)}: {format_bytes(missing)} missing; "
+        "add a node, raise --memory, or choose a smaller model or --context"
+    )
+
+
+def _find(stage: PlannedStage, devices: Sequence[Capacity]) -> Capacity:
+    return next(d for d in devices if (d.node, d.device) == (stage.node, stage.device))
+
+
+def _fill(stage: PlannedStage, device: Capacity) -> str:
+    return f"{format_bytes(stage.bytes)} of {format_bytes(device.memory)}"
+
+
+def _promise_lines(promise: Promise, shrunk: bool) -> list[str]:
+    if not shrunk:
+        return []
+    return [f"memory is short: the context is reduced to {promise.context} tokens"]

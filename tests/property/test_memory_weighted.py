@@ -1,0 +1,132 @@
+"""What every plan promises, whatever the model and the machines."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from swarmd.partition.costs import ModelCosts
+from swarmd.partition.memory_weighted import plan
+from swarmd.partition.plan import Capacity, DoesNotFit, Promise
+
+MB = 1_000_000
+
+
+def bytes_needed(costs, promise, start, end):
+    """The cost of a stage, written a second time and plainly."""
+    kv = costs.kv_bytes_per_token * promise.kv_tokens
+    total = sum(costs.layer_bytes[start:end]) + kv * (end - start) + costs.workspace_bytes
+    if start == 0:
+        total += costs.embedding_bytes
+    if end == costs.n_layers:
+        total += costs.head_bytes
+    if start == 0 and end == costs.n_layers:
+        total -= costs.shared_bytes
+    return total
+
+
+@st.composite
+def models(draw):
+    embedding = draw(st.integers(0, 200 * MB))
+    head = draw(st.integers(0, 200 * MB))
+    return ModelCosts(
+        layer_bytes=tuple(draw(st.lists(st.integers(1, 100 * MB), min_size=1, max_size=40))),
+        embedding_bytes=embedding,
+        head_bytes=head,
+        shared_bytes=draw(st.sampled_from([0, min(embedding, head)])),
+        kv_bytes_per_token=draw(st.integers(0, 4096)),
+        workspace_bytes=draw(st.integers(0, 50 * MB)),
+    )
+
+
+capacities = st.lists(st.integers(0, 3000 * MB), min_size=1, max_size=7).map(
+    lambda sizes: [Capacity(f"{i:064x}", "cpu", size, f"node {i}") for i, size in enumerate(sizes)]
+)
+promises = st.integers(1, 16384).map(lambda tokens: Promise(tokens, tokens))
+
+
+@settings(max_examples=400, deadline=None)
+@given(models(), promises, capacities, st.booleans(), st.randoms())
+def test_every_plan_keeps_its_promises(costs, promise, devices, split, random):
+    try:
+        made = plan(costs, [promise], devices, split=split)
+    except DoesNotFit as error:
+        assert error.missing > 0
+        assert all(bytes_needed(costs, promise, 0, costs.n_layers) > device.memory for device in devices)
+        return
+    covered = [layer for stage in made.stages for layer in range(stage.start, stage.end)]
+    assert covered == list(range(costs.n_layers)), "every layer exactly once, in order"
+    memory = {device.node: device.memory for device in devices}
+    assert len({stage.node for stage in made.stages}) == len(made.stages)
+    for stage in made.stages:
+        assert stage.bytes == bytes_needed(costs, promise, stage.start, stage.end)
+        assert stage.bytes <= memory[stage.node], "never over a cap"
+        assert stage.end > stage.start
+    shuffled = list(devices)
+    random.shuffle(shuffled)
+    assert plan(costs, [promise], shuffled, split=split) == made, "the order of the members does not matter"
+
+
+@settings(max_examples=200, deadline=None)
+@given(models(), promises, capacities)
+def test_a_model_that_fits_on_one_device_is_not_split(costs, promise, devices):
+    largest = max(device.memory for device in devices)
+    if bytes_needed(costs, promise, 0, costs.n_layers) <= largest:
+        assert len(plan(costs, [promise], devices).stages) == 1
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(7, 60), st.tuples(*[st.integers(1, 8)] * 3))
+def test_uniform_layers_are_split_in_proportion_to_memory(n_layers, weights):
+    costs = ModelCosts((10 * MB,) * n_layers, 0, 0, 0, 0)
+    unit = 10 * MB * n_layers * 2 // sum(weights)
+    devices = [Capacity(f"{i:064x}", "cpu", w * unit, str(i)) for i, w in enumerate(weights)]
+    made = plan(costs, [Promise(1, 1)], devices, split=True)
+    got = {stage.node: stage.end - stage.start for stage in made.stages}
+    ideals = [n_layers * w / sum(weights) for w in weights]
+    if min(ideals) >= 1:
+        for device, ideal in zip(devices, ideals, strict=True):
+            assert abs(got[device.node] - ideal) <= 1
+
+
+def test_two_small_devices_hold_what_neither_could():
+    costs = ModelCosts((10 * MB,) * 10, 5 * MB, 5 * MB, 0, MB)
+    devices = [Capacity("a" * 64, "cpu", 70 * MB, "a"), Capacity("b" * 64, "cpu", 60 * MB, "b")]
+    made = plan(costs, [Promise(1, 1)], devices)
+    assert [(stage.start, stage.end) for stage in made.stages] == [(0, 5), (5, 10)]
+
+
+def test_a_weak_device_is_left_out_and_told_why():
+    costs = ModelCosts((10 * MB,) * 10, 0, 0, 0, 0)
+    devices = [Capacity(c * 64, "cpu", size * MB, c) for c, size in (("a", 70), ("b", 60), ("c", 11))]
+    made = plan(costs, [Promise(1, 1)], devices)
+    assert {stage.node for stage in made.stages} == {"a" * 64, "b" * 64}
+    assert any(line.startswith("c is left out") for line in made.explanation)
+
+
+def test_a_weak_device_is_used_when_the_others_need_it():
+    costs = ModelCosts((10 * MB,) * 14, 0, 0, 0, 0)
+    devices = [Capacity(c * 64, "cpu", size * MB, c) for c, size in (("a", 70), ("b", 60), ("c", 11))]
+    assert len(plan(costs, [Promise(1, 1)], devices).stages) == 3
+
+
+def test_the_head_goes_where_it_fits():
+    costs = ModelCosts((10 * MB,) * 10, 0, 40 * MB, 0, 0)
+    devices = [Capacity("a" * 64, "cpu", 110 * MB, "a"), Capacity("b" * 64, "cpu", 35 * MB, "b")]
+    made = plan(costs, [Promise(1, 1)], devices)
+    assert made.stages[-1].node == "a" * 64
+
+
+def test_a_smaller_promise_is_kept_when_the_larger_cannot_be():
+    costs = ModelCosts((10 * MB,) * 10, 0, 0, 1000, 0)
+    devices = [Capacity("a" * 64, "cpu", 130 * MB, "a")]
+    made = plan(costs, [Promise(8192, 8192), Promise(2048, 2048)], devices)
+    assert made.promise.context == 2048
+    assert any("reduced to 2048" in line for line in made.explanation)
+
+
+def test_too_small_says_by_how_much():
+    costs = ModelCosts((10 * MB,) * 10, 0, 0, 0, 0)
+    devices = [Capacity("a" * 64, "cpu", 75 * MB, "a")]
+    with pytest.raises(DoesNotFit, match=r"30\.0 MB missing") as caught:
+        plan(costs, [Promise(1, 1)], devices)
+    assert caught.value.missing == 30 * MB

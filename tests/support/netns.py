@@ -1,0 +1,116 @@
+"""Network namespaces joined by a bridge: several machines on one. Needs root and iproute2; everything is deleted after use."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_CLONE_NEWNET = 0x40000000
+
+
+def why_unavailable() -> str | None:
+    """Why namespaces cannot be used here, or None."""
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    if shutil.which("ip") is None:
+        return "network namespaces need iproute2"
+    probe = f"swarmd-probe-{secrets.token_hex(3)}"
+    made = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True, check=False)
+    subprocess.run(["ip", "netns", "del", probe], capture_output=True, check=False)
+    return None if made.returncode == 0 else f"ip netns does not work here: {made.stderr.strip()}"
+
+
+def ip(*arguments: str) -> None:
+    """Run `ip` and raise with its words when it fails."""
+    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
+
+
+class Lan:
+    """A bridge with `count` namespaces on it, each with one interface `eth0` at 10.77.X.1, 10.77.X.2, ..."""
+
+    def __init__(self, count: int) -> None:
+        self.tag = secrets.token_hex(2)
+        self.subnet = f"10.77.{secrets.randbelow(250)}"
+        self.bridge = f"swb{self.tag}"
+        self.names = [f"sw{self.tag}n{index}" for index in range(count)]
+
+    def __enter__(self) -> Lan:
+        try:
+            ip("link", "add", self.bridge, "type", "bridge", "mcast_snooping", "0")
+            ip("link", "set", self.bridge, "up")
+            for index, name in enumerate(self.names):
+                self._add(index, name)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name in self.names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+        subprocess.run(["ip", "link", "del", self.bridge], capture_output=True, check=False)
+
+    def address(self, index: int) -> str:
+        """The IPv4 address of a namespace."""
+        return f"{self.subnet}.{index + 1}"
+
+    def drop_multicast(self) -> None:
+        """No multicast or broadcast enters or leaves any namespace. Needs nftables."""
+        rules = "table inet swarmd_test { chain c%d { type filter hook %s priority 0; meta pkttype { multicast, broadcast } drop; } }"
+        addressed = (
+            "table inet swarmd_out { chain c { type filter hook output priority 0; ip daddr 224.0.0.0/4 drop; "
+            "ip6 daddr ff00::/8 udp dport 5353 drop; } }"
+        )
+        for name in self.names:
+            for text in (rules % (1, "input"), addressed):
+                subprocess.run(["ip", "netns", "exec", name, "nft", "-f", "-"], input=text, text=True, check=True)
+
+    def _add(self, index: int, name: str) -> None:
+        outer = f"sw{self.tag}v{index}"
+        ip("netns", "add", name)
+        ip("link", "add", outer, "type", "veth", "peer", "name", "eth0", "netns", name)
+        ip("link", "set", outer, "master", self.bridge)
+        ip("link", "set", outer, "up")
+        ip("-n", name, "address", "add", f"{self.address(index)}/24", "dev", "eth0")
+        ip("-n", name, "link", "set", "lo", "up")
+        ip("-n", name, "link", "set", "eth0", "up")
+
+
+def inside(namespace: str | None, work: Callable[[], T]) -> T:
+    """Run `work` in a namespace; sockets that it makes stay there. None: here."""
+    if namespace is None:
+        return work()
+    results: list[T] = []
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            with open(f"/var/run/netns/{namespace}") as file:
+                if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), _CLONE_NEWNET):
+                    raise OSError(ctypes.get_errno(), f"setns to {namespace} failed")
+            results.append(work())
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if failures:
+        raise failures[0]
+    return results[0]
+
+
+def connect(namespace: str | None, host: str, port: int, timeout: float | None) -> socket.socket:
+    """A TCP connection made in a namespace."""
+    return inside(namespace, lambda: socket.create_connection((host, port), timeout))

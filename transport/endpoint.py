@@ -1,0 +1,213 @@
+"""An endpoint: the place of a process among the others, which accepts and dials links."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import socket
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from swarmd.transport.handler import LinkHandler
+from swarmd.transport.handshake import LinkRefused, hang_up, introduce
+from swarmd.transport.identity import Credentials
+from swarmd.transport.link import Hello, Link, Vocabulary
+from swarmd.transport.listener import Listener
+from swarmd.transport.log_limit import LogLimit
+from swarmd.transport.messages import one_line
+from swarmd.transport.tls import client_context, explain_tls_error, server_context
+from swarmd.transport.tls_socket import TlsSocket
+
+__all__ = ["Endpoint", "LinkRefused"]
+
+log = logging.getLogger("swarmd.transport")
+
+HANDSHAKE_SECONDS = 5.0
+_MAX_RESOLVED = 8
+
+
+class Endpoint:
+    """Accepts and dials links with one set of credentials.
+
+    `hello` is asked for at every new link, so that what it says may change. Whoever is refused, on either
+    side, costs one log line (at most one per address and reason in ten seconds) and nothing else.
+    """
+
+    def __init__(
+        self,
+        credentials: Credentials,
+        vocabulary: Vocabulary,
+        handler: LinkHandler,
+        *,
+        hello: Callable[[], Hello],
+        handshake_seconds: float = HANDSHAKE_SECONDS,
+    ):
+        self.node_id = credentials.node_id
+        self._vocabulary = vocabulary
+        self._handler = handler
+        self._hello = hello
+        self._seconds = handshake_seconds
+        self._name = secrets.token_hex(8)
+        self._server_context = server_context(credentials)
+        self._client_context = client_context(credentials)
+        self._listener = Listener(self._greet)
+        self._links: set[Link] = set()
+        self._watchers: set[asyncio.Task[None]] = set()
+        self._limit = LogLimit()
+        self._closed = False
+
+    @property
+    def links(self) -> tuple[Link, ...]:
+        """The links that are up."""
+        return tuple(self._links)
+
+    @property
+    def handshakes(self) -> int:
+        """Accepted connections that have not become links yet; bounded."""
+        return self._listener.greetings
+
+    async def listen(self, host: str | None, port: int) -> int:
+        """Accept links on `host` (None: all IPv4 and IPv6 addresses) and `port` (0: any); the port bound.
+
+        Raises `OSError` with a sentence that says what to do.
+        """
+        return await self._listener.listen(host, port)
+
+    async def dial(
+        self, host: str, port: int, *, expect: str | None = None, timeout: float = 5, quiet: bool = False
+    ) -> Link:
+        """A new link to whoever listens at `host`, which must be node `expect` if given.
+
+        Every address that a name resolves to is tried, within `timeout` seconds in all. Raises `LinkRefused`,
+        logged here unless `quiet`. When this returns, `on_link` has run.
+        """
+        try:
+            async with asyncio.timeout(timeout):
+                return await self._dial(host, port, expect)
+        except TimeoutError:
+            refusal = LinkRefused(f"it did not answer within {timeout:g} s (switched off, or a firewall?)")
+        except LinkRefused as error:
+            refusal = error
+        if not quiet:
+            self._log_refusal("no link to %s port %d: %s", host, port, refusal.reason)
+        raise refusal
+
+    async def close(self) -> None:
+        """Stop listening and close every link."""
+        self._closed = True
+        await self._listener.close()
+        links = list(self._links)
+        await asyncio.gather(*(link.close("this node is shutting down") for link in links))
+        await asyncio.gather(*self._watchers)
+
+    async def _dial(self, host: str, port: int, expect: str | None) -> Link:
+        infos = await _resolve(host, port)
+        refusal = LinkRefused(f"the name {one_line(host, 100)} has no address")
+        for family, address in infos[:_MAX_RESOLVED]:
+            try:
+                sock = await _connect(family, address)
+            except TimeoutError:  # the kernel's own
+                refusal = LinkRefused("it did not answer (switched off, or a firewall?)")
+            except OSError as error:
+                refusal = LinkRefused(explain_tls_error(error, server_side=False))
+            else:
+                return await self._establish(sock, server_side=False, expect=expect)
+        raise refusal
+
+    async def _greet(self, sock: socket.socket) -> None:
+        """One accepted connection, to the link or to the log line."""
+        host, port = "?", 0
+        try:
+            host, port = sock.getpeername()[:2]
+            async with asyncio.timeout(self._seconds):
+                await self._establish(sock, server_side=True, expect=None)
+        except TimeoutError:
+            reason = f"it did not finish the handshake within {self._seconds:g} s (silent, or not a swarmd node)"
+        except LinkRefused as error:
+            reason = error.reason
+        except OSError as error:
+            reason = explain_tls_error(error, server_side=True)
+        except asyncio.CancelledError:
+            reason = "" if self._closed else "too many unfinished handshakes at once, the oldest is dropped"
+        else:
+            return
+        finally:
+            sock.close()  # without effect once the TLS socket has taken it over
+        if reason:
+            self._log_refusal("refused a connection from %s port %d: %s", host, port, reason)
+
+    async def _establish(self, sock: socket.socket, *, server_side: bool, expect: str | None) -> Link:
+        """Handshake, hello and `on_link`; on failure the connection is closed and `LinkRefused` raised."""
+        context = self._server_context if server_side else self._client_context
+        try:
+            tls = TlsSocket(sock, context, server_side=server_side)
+        except OSError as error:
+            sock.close()
+            raise LinkRefused(explain_tls_error(error, server_side=server_side)) from error
+        hello = msgspec.structs.replace(self._hello(), endpoint=self._name)
+        try:
+            introduction = await introduce(tls, hello, server_side=server_side, expect=expect)
+        except LinkRefused:
+            await hang_up(tls)
+            raise
+        except BaseException:
+            tls.close()
+            raise
+        link = Link(tls, introduction, self._vocabulary, self._handler, initiator=not server_side)
+        if self._closed:
+            tls.close()
+            raise LinkRefused("this node is shutting down")
+        self._links.add(link)
+        watcher = asyncio.create_task(self._watch(link), name="link watcher")
+        self._watchers.add(watcher)
+        watcher.add_done_callback(self._watchers.discard)
+        try:
+            await link.start()
+        except LinkRefused:
+            await watcher
+            raise
+        except Exception as error:
+            log.exception("the handler could not take a link")
+            await watcher
+            raise LinkRefused("this node could not take the link; its log says why") from error
+        return link
+
+    async def _watch(self, link: Link) -> None:
+        await link.wait_closed()
+        self._links.discard(link)
+
+    def _log_refusal(self, text: str, host: str, port: int, reason: str) -> None:
+        held = self._limit.admit(f"{text[:2]} {host} {reason}", time.monotonic())
+        if held is not None:
+            more = f" (and {held} more like it)" if held else ""
+            log.warning(text + "%s", host, port, reason, more)
+
+
+async def _resolve(host: str, port: int) -> list[tuple[int, tuple[object, ...]]]:
+    """The socket addresses of a host, without a thread when it is a literal address."""
+    try:
+        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    except socket.gaierror:
+        try:
+            infos = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (socket.gaierror, UnicodeError) as error:
+            raise LinkRefused(
+                f"the name {one_line(host, 100)} cannot be resolved; check its spelling, or use the address"
+            ) from error
+    except (UnicodeError, OverflowError) as error:
+        raise LinkRefused(f"{one_line(host, 100)} port {port} is not an address") from error
+    return [(info[0], info[4]) for info in infos]
+
+
+async def _connect(family: int, address: tuple[object, ...]) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(sock, address)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
