@@ -95,7 +95,10 @@ class InstanceRecord(Struct, frozen=True):
 
 
 class NodeRecord(Struct, frozen=True):
-    """All that a node says of itself. Last writer wins per node: `counter` only grows, also across restarts."""
+    """All that a node says of itself. Last writer wins per node: `counter` only grows, also across restarts.
+
+    `launching` names the models that it is bringing, of which it will own an instance.
+    """
 
     id: NodeId
     name: ShortText
@@ -106,4 +109,5 @@ class NodeRecord(Struct, frozen=True):
     models: Annotated[tuple[ModelSummary, ...], Meta(max_length=256)] = ()
     instances: Annotated[tuple[InstanceRecord, ...], Meta(max_length=16)] = ()
     loads: Annotated[tuple[LoadRecord, ...], Meta(max_length=16)] = ()
+    launching: Annotated[tuple[ShortText, ...], Meta(max_length=16)] = ()
     leaving: bool = False

@@ -96,6 +96,7 @@ class Daemon:
             self.exchange,
             self.instances,
             self.changed,
+            self._refresh,
             context=settings.context,
             progress=self.progress.report,
         )
@@ -105,7 +106,7 @@ class Daemon:
         self.mesh = Mesh(self.endpoint, self.swarm_tag, lambda: self._own.current, self._on_members)
         router.mesh = self.mesh
         links = DriverLinks(self.endpoint, lambda node, found: reachable_first(self.node_id, self.mesh, node, found))
-        self.gateway = Gateway(self.launcher.find, links.get, self._front, self.changed)
+        self.gateway = Gateway(self.launcher.find, self.launcher.launch, links.get, self._front, self.changed)
 
     async def start(self) -> None:
         """Listen for links, announce this node and begin to serve. Raises ConfigError when a port cannot be had."""
@@ -121,7 +122,7 @@ class Daemon:
         self._run(self._tick())
         self._run(self._calibrate())
         if self.settings.model != "none":
-            self._run(self.launcher.keep_served(self.settings.model, self._rank))
+            self._run(self.launcher.keep_served(self.settings.model, self.nodes, self.node_id))
 
     async def close(self) -> None:
         """Tell the members, end the stages, and close everything; also after a start that failed half-way."""
@@ -167,6 +168,7 @@ class Daemon:
             models=self._stored,
             instances=self.instances.owned,
             loads=self.host.loads,
+            launching=self.launcher.launching,
             leaving=self._leaving,
         )
 
@@ -189,19 +191,12 @@ class Daemon:
             self._stored = tuple(ModelSummary(m.name, m.sha256, m.size, 0, "") for m in self.store.entries()[:256])
             self._refresh()
             self.instances.reconsider()
-            for _, record in self.instances.all():
-                job = self.host.job(record.id)
-                if job is not None and job.epoch < record.epoch:
-                    await self.orders.prune(record.id, record.epoch)
+            await self.orders.prune({record.id: record.epoch for _, record in self.instances.all()})
             await asyncio.sleep(TICK_SECONDS)
 
     async def _calibrate(self) -> None:
         await self.hardware.calibrate(self._data_dir.path)
         self._refresh()
-
-    def _rank(self) -> int:
-        """This node's place among the nodes alive, by id."""
-        return sorted(node.id for node in self.nodes()).index(self.node_id)
 
     async def _order(self, node: str, order: Struct, seconds: float | None) -> Struct:
         if node == self.node_id:

@@ -68,7 +68,10 @@ class Hardware:
             if speed is None:
                 return
             content = {"key": key, "memory_bandwidth": speed.memory_bandwidth, "compute": speed.compute}
-            cache.write_text(json.dumps(content))
+            try:
+                cache.write_text(json.dumps(content))
+            except OSError as error:
+                log.warning("the measurement could not be kept: %s", error)
         self.speed = speed
 
 
@@ -95,21 +98,21 @@ def _read_cache(path: Path, key: str) -> Speed | None:
 
 async def _measure(threads: int) -> Speed | None:
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "swarmd.node.engine.calibrate", "--threads", str(threads)),
+        # -P: a folder named swarmd in the working directory is not this program.
+        *(sys.executable, "-P", "-m", "swarmd.node.engine.calibrate", "--threads", str(threads)),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
+    said = b""
     try:
         async with asyncio.timeout(CALIBRATION_SECONDS):
-            out, errors = await process.communicate()
+            out, said = await process.communicate()
         content = json.loads(out)
         return Speed(float(content["memory_bandwidth"]), float(content["compute"]))
-    except (TimeoutError, ValueError, KeyError):
-        log.warning(
-            "the measurement failed; speeds stay unknown: %s",
-            errors.decode()[-300:] if process.returncode else "",
-        )
+    except (TimeoutError, ValueError, KeyError, TypeError) as error:
+        reason = said.decode(errors="replace").strip()[-300:] or f"{type(error).__name__}: {error}"
+        log.warning("the measurement failed, speeds stay unknown: %s", reason)
         return None
     finally:
         if process.returncode is None:

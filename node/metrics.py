@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from swarmd.discovery.records import LoadRecord
-from swarmd.node.serving.gateway import Prepared
 from swarmd.node.serving.generation import Ending, GenerationError, Piece
 
 _TTFT_BUCKETS = (0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -37,14 +37,14 @@ class Metrics:
         self._kv = Gauge("swarmd_kv_cache_usage_perc", "Share of the KV room in use, 0 to 1.", labels, registry=r)
         self._nodes = Gauge("swarmd_nodes_alive", "Nodes of the swarm that are alive.", registry=r)
 
-    async def observe(self, prepared: Prepared, items: AsyncIterator[Piece | Ending]) -> AsyncIterator[Piece | Ending]:
-        """Pass a stream through, counting it."""
-        model = prepared.record.model.name
+    async def observe(self, model: str, items: AsyncIterator[Piece | Ending]) -> AsyncGenerator[Piece | Ending]:
+        """Pass the stream of a model through, counting it. TTFT is from here on, so without tokenizing."""
         last = time.perf_counter()
-        first = True
+        first, whole = True, False
         try:
             async for item in items:
                 now = time.perf_counter()
+                whole = isinstance(item, Ending)
                 if isinstance(item, Ending):
                     self._prompt.labels(model).inc(item.prompt_tokens)
                     self._success.labels(model, item.reason).inc()
@@ -56,10 +56,16 @@ class Metrics:
         except GenerationError as error:
             self._failed.labels(model, error.code).inc()
             raise
+        except (GeneratorExit, asyncio.CancelledError):
+            if not whole:
+                self._failed.labels(model, "cancelled").inc()
+            raise
 
     def render(self, loads: Iterable[tuple[str, LoadRecord]], nodes_alive: int) -> bytes:
-        """The exposition; `loads` are (model name, load of its driver)."""
+        """The exposition; `loads` are (model name, load of its driver), and models that are not among them are gone."""
         self._nodes.set(nodes_alive)
+        for gauge in (self._running, self._waiting, self._kv):
+            gauge.clear()
         for model, load in loads:
             self._running.labels(model).set(load.running)
             self._waiting.labels(model).set(load.waiting)

@@ -1,36 +1,75 @@
-"""Every option of `swarmd`, once: its name and its help. Imports nothing, so that --help is instant.
+"""Every option of a node, once. Imports nothing heavy, so that --help is instant.
 
 An option `--some-name` is also the environment variable `SWARMD_SOME_NAME` and the key `some_name` of `config.toml` in
-the data dir; the command line wins over the environment, the environment over the file.
+the data dir; the command line wins over the environment, the environment over the file. docs/configuration.md says the
+same for people.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 DEFAULT_DATA_DIR = "~/.swarmd"
 DEFAULT_LISTEN = "127.0.0.1:7475"
 DEFAULT_LINK_PORT = 7474
 DEFAULT_MODEL = "smollm2:135m"
 
-OPTIONS: dict[str, str] = {
-    "name": "This node's name as others see it. Default: the host name.",
-    "data_dir": f"Where identity, models and settings are kept; one per node. Default: {DEFAULT_DATA_DIR}.",
-    "listen": "HOST:PORT of the HTTP endpoint and the page. A host other than loopback demands an API key. "
-    f"Default: {DEFAULT_LISTEN}, or any free port if that is taken.",
-    "api_key": "Key that HTTP clients must send as 'Authorization: Bearer KEY'. Default: none on loopback; made on the "
-    "spot and shown once when listening wider.",
-    "port": f"Port for links with other nodes; 0 = any. Default: {DEFAULT_LINK_PORT}, or any free port if that is taken.",
-    "peer": "HOST[:PORT] of another node, for networks without multicast; may be given several times.",
-    "mdns": "Announce this node on the local network and look for others there (mDNS). Default: on.",
-    "memory": "The most memory that models may take on this node (weights, KV cache, workspace), like 600MB or 4GB. "
-    "Default: 80% of what is free at the start.",
-    "device": "Which device carries layers: auto or cpu. Default: auto.",
-    "threads": "CPU threads for computing. Default: the physical cores.",
-    "model": f"Model to serve as soon as nobody else in the swarm does; 'none' for none. Default: {DEFAULT_MODEL}.",
-    "context": "Longest sequence, in tokens, that models started by this node promise. Default: 4096, or what model "
-    "and memory allow; given, it is kept to.",
-    "split": "Spread models started by this node over all nodes, also when one could hold them. Default: off.",
-    "wire_dtype": "How activations travel between stages: bf16, or f32 for exactness. Default: bf16.",
-    "log_level": "DEBUG, INFO, WARNING or ERROR. Default: INFO.",
+
+class Option(NamedTuple):
+    """`value` stands for the value in the help; an option without one is a switch, `--this` or `--no-this`."""
+
+    help: str
+    value: str = ""
+    repeatable: bool = False
+
+
+OPTIONS: dict[str, Option] = {
+    "name": Option("This node's name as others see it. Default: the host name.", "NAME"),
+    "data_dir": Option(
+        f"Where identity, models and settings are kept; one per node. Default: {DEFAULT_DATA_DIR}.", "FOLDER"
+    ),
+    "listen": Option(
+        "Where the HTTP endpoint and the page are. A host other than loopback demands an API key. "
+        f"Default: {DEFAULT_LISTEN}, or any free port if that is taken.",
+        "HOST:PORT",
+    ),
+    "api_key": Option(
+        "Key that HTTP clients must send as 'Authorization: Bearer KEY'. Other users of this machine can read a "
+        "command line: better put it into the environment or the config file. Default: none on loopback; made on "
+        "the spot and shown once when listening wider.",
+        "KEY",
+    ),
+    "port": Option(
+        f"Port for links with other nodes; 0 for any. Default: {DEFAULT_LINK_PORT}, or any free port if that is taken.",
+        "PORT",
+    ),
+    "peer": Option(
+        "Another node, for networks without multicast; may be given several times. "
+        f"The port is {DEFAULT_LINK_PORT} unless given. Default: none.",
+        "HOST[:PORT]",
+        repeatable=True,
+    ),
+    "mdns": Option("Announce this node on the local network and look for others there (mDNS). Default: on."),
+    "memory": Option(
+        "The most memory that models may take on this node (weights, KV cache, workspace), like 600MB or 4GB. "
+        "Default: 80% of what is free at the start.",
+        "SIZE",
+    ),
+    "device": Option("Which device carries layers: auto or cpu. Default: auto.", "DEVICE"),
+    "threads": Option("CPU threads for computing. Default: the physical cores.", "COUNT"),
+    "model": Option(
+        "Model to serve as soon as nobody else in the swarm does: a name, the path of a GGUF file, or 'none'. "
+        f"Default: {DEFAULT_MODEL}.",
+        "MODEL",
+    ),
+    "context": Option(
+        "Longest sequence that models started by this node promise. Default: 4096, or what model and memory allow; "
+        "given, it is kept to.",
+        "TOKENS",
+    ),
+    "split": Option("Spread models started by this node over all nodes, also when one could hold them. Default: off."),
+    "wire_dtype": Option("How activations travel between stages: bf16, or f32 for exactness. Default: bf16.", "DTYPE"),
+    "log_level": Option("DEBUG, INFO, WARNING or ERROR. Default: INFO.", "LEVEL"),
 }
 
 

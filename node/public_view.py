@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -18,28 +19,33 @@ from swarmd.node.models.catalog import CATALOG, ModelNameError
 from swarmd.node.models.errors import ModelFileError
 from swarmd.node.models.progress import Progress
 from swarmd.node.serving.gateway import Prepared
-from swarmd.node.serving.generation import Ending, GenerationError, Piece
+from swarmd.node.serving.generation import Ending, GenerationError, GenerationRequest, Piece
 from swarmd.node.version import VERSION
 
-# A file that is here is read within this; what takes longer is a download, which the feed shows.
-LAUNCH_ANSWER_SECONDS = 5.0
+log = logging.getLogger("swarmd.api")
 
 
 class PublicView:
     """The daemon, seen from its endpoint."""
 
     def __init__(self, daemon: Daemon) -> None:
-        self.gateway = daemon.gateway
         self.changed = daemon.changed
         self._daemon = daemon
         self._metrics = Metrics()
         self._first_seen: dict[str, int] = {}
         self._launches: set[asyncio.Task[InstanceRecord]] = set()
 
-    async def observe(self, prepared: Prepared) -> AsyncIterator[Piece | Ending]:
+    async def prepare(self, request: GenerationRequest) -> Prepared:
+        """The gateway's check of a request."""
+        return await self._daemon.gateway.prepare(request)
+
+    async def observe(self, prepared: Prepared) -> AsyncGenerator[Piece | Ending]:
         """The gateway's stream, counted."""
-        async with aclosing(self.gateway.stream(prepared)) as items:
-            async for item in self._metrics.observe(prepared, items):
+        async with (
+            aclosing(self._daemon.gateway.stream(prepared)) as items,
+            aclosing(self._metrics.observe(prepared.record.model.name, items)) as counted,
+        ):
+            async for item in counted:
                 yield item
 
     def served_models(self) -> list[tuple[str, int]]:
@@ -60,20 +66,24 @@ class PublicView:
         loads = [(names[load.instance], load) for n in nodes for load in n.loads if load.instance in names]
         return self._metrics.render(loads, len(nodes))
 
-    async def launch(self, name: str) -> None:
-        """Have a model served; a launch that needs a download goes on in the background."""
+    async def launch(self, name: str) -> str:
+        """Have a model served; the name of its instance. A download goes on if the caller leaves."""
         task = asyncio.create_task(self._daemon.launcher.launch(name))
         self._launches.add(task)
-        task.add_done_callback(self._launches.discard)
-        done, _ = await asyncio.wait({task}, timeout=LAUNCH_ANSWER_SECONDS)
-        if not done:
-            return
+        task.add_done_callback(self._launched)
+        await asyncio.wait({task})
         try:
-            task.result()
+            return task.result().model.name
         except ModelNameError as error:
             raise GenerationError("model_not_found", str(error), param="model") from error
         except (ModelFileError, OSError, ValueError) as error:
             raise GenerationError("invalid_request", str(error), param="model") from error
+
+    def _launched(self, task: asyncio.Task[InstanceRecord]) -> None:
+        """Also when nobody waits any more, a failure is told."""
+        self._launches.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.warning("a model could not be started: %s", error)
 
     def swarm_state(self) -> dict[str, Any]:
         """Nodes, instances and models as this node sees them."""

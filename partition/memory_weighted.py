@@ -145,7 +145,6 @@ def _missing_bytes(need: _Need, devices: list[Capacity]) -> int:
     for device in devices:
         start = need.furthest_end(start, device.memory, need.n_layers)
     if start == need.n_layers:
-        start -= (
-            1  # Filled only because a stage was left without room for its one layer: that layer is what is missing.
-        )
+        # Filled only because a stage was left without room for its one layer: that layer is what is missing.
+        start -= 1
     return need(start, need.n_layers)

@@ -11,10 +11,11 @@ from collections.abc import Callable
 
 import msgspec
 
+from swarmd.transport.frames import FrameError
 from swarmd.transport.handler import LinkHandler
 from swarmd.transport.handshake import LinkRefused, hang_up, introduce
 from swarmd.transport.identity import Credentials
-from swarmd.transport.link import Hello, Link, Vocabulary
+from swarmd.transport.link import Hello, Link, LinkClosed, Vocabulary
 from swarmd.transport.listener import Listener
 from swarmd.transport.log_limit import LogLimit
 from swarmd.transport.messages import one_line
@@ -156,7 +157,14 @@ class Endpoint:
         except BaseException:
             tls.close()
             raise
-        link = Link(tls, introduction, self._vocabulary, self._handler, initiator=not server_side)
+        link = Link(
+            tls,
+            introduction,
+            self._vocabulary,
+            self._handler,
+            initiator=not server_side,
+            on_breach=self._log_breach,
+        )
         if self._closed:
             tls.close()
             raise LinkRefused("this node is shutting down")
@@ -169,6 +177,9 @@ class Endpoint:
         except LinkRefused:
             await watcher
             raise
+        except LinkClosed as error:
+            await watcher
+            raise LinkRefused(f"it ended the link at once ({error.reason})") from error
         except Exception as error:
             log.exception("the handler could not take a link")
             await watcher
@@ -180,10 +191,19 @@ class Endpoint:
         self._links.discard(link)
 
     def _log_refusal(self, text: str, host: str, port: int, reason: str) -> None:
-        held = self._limit.admit(f"{text[:2]} {host} {reason}", time.monotonic())
-        if held is not None:
-            more = f" (and {held} more like it)" if held else ""
+        more = self._admit(f"{text[:2]} {host} {reason}")
+        if more is not None:
             log.warning(text + "%s", host, port, reason, more)
+
+    def _log_breach(self, link: Link, error: FrameError) -> None:
+        more = self._admit(f"breach {link.peer_id}")
+        if more is not None:
+            log.warning("link with %s broke the protocol: %s%s", link.peer.name, error, more)
+
+    def _admit(self, key: str) -> str | None:
+        """What to add to a log line of this kind, or None if it is one of too many."""
+        held = self._limit.admit(key, time.monotonic())
+        return None if held is None else f" (and {held} more like it)" if held else ""
 
 
 async def _resolve(host: str, port: int) -> list[tuple[int, tuple[object, ...]]]:

@@ -64,7 +64,9 @@ class Link:
         handler: LinkHandler,
         *,
         initiator: bool,
+        on_breach: Callable[[Link, FrameError], None],
     ):
+        """`on_breach` hears of a breach of the protocol, which ends the link."""
         self.peer_id = introduction.peer_id
         self.peer = introduction.peer
         self.initiator = initiator
@@ -75,6 +77,7 @@ class Link:
         self._sock = sock
         self._vocabulary = vocabulary
         self._handler = handler
+        self._on_breach = on_breach
         self._outbox = Outbox(sock, self._break)
         self._asked = Asked()
         self._answering = Answering(self._put_message, self._post_error, self._post_end)
@@ -271,7 +274,7 @@ class Link:
                     middle = "in the middle of a frame" if self._decoder.in_frame else "without a goodbye"
                     self._break(f"the other side closed the connection {middle}")
         except FrameError as error:
-            log.warning("link with %s broke the protocol: %s", self.peer.name, error)
+            self._on_breach(self, error)
             self._post(Flow.GOODBYE, 0, encode_body(one_line(str(error))))
             self._break(f"protocol error: {error}")
         except OSError as error:

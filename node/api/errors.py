@@ -56,6 +56,8 @@ class ApiError(Exception):
     def response(self) -> web.Response:
         """The whole answer."""
         headers = {"Retry-After": str(self.retry_after)} if self.retry_after else {}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
         return json_response(self.body(), status=self.status, headers=headers)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 import msgspec
@@ -15,6 +15,8 @@ from swarmd.node.api.openai_schema import ChatRequest, CompletionRequest, parse
 from swarmd.node.api.view import NODE, NodeView, guarded
 from swarmd.node.serving.gateway import Prepared
 from swarmd.node.serving.generation import Ending, GenerationError, Piece, PieceToken
+
+Json = dict[str, object]
 
 
 def add_routes(app: web.Application) -> None:
@@ -63,24 +65,24 @@ class Chat:
     def __init__(self, asked: ChatRequest) -> None:
         self.logprobs = bool(asked.logprobs)
 
-    def opening(self) -> dict[str, object] | None:
+    def opening(self) -> Json | None:
         """The choice of the first chunk."""
         return _chunk_choice({"role": "assistant", "content": ""}, None, None)
 
-    def piece(self, piece: Piece) -> dict[str, object]:
+    def piece(self, piece: Piece) -> Json:
         """A chunk's choice."""
         return _chunk_choice({"content": piece.text}, self._logprobs(piece.tokens), None)
 
-    def ending(self, reason: str) -> dict[str, object]:
+    def ending(self, reason: str) -> Json:
         """The last chunk's choice."""
         return _chunk_choice({}, None, reason)
 
-    def whole(self, text: str, tokens: list[PieceToken], reason: str) -> dict[str, object]:
+    def whole(self, text: str, tokens: list[PieceToken], reason: str) -> Json:
         """The choice of an answer that is not streamed."""
         message = {"role": "assistant", "content": text, "refusal": None}
         return {"index": 0, "message": message, "logprobs": self._logprobs(tokens), "finish_reason": reason}
 
-    def _logprobs(self, tokens: list[PieceToken] | tuple[PieceToken, ...]) -> dict[str, object] | None:
+    def _logprobs(self, tokens: list[PieceToken] | tuple[PieceToken, ...]) -> Json | None:
         if not self.logprobs:
             return None
         content = [
@@ -99,29 +101,27 @@ class Text:
         self.logprobs = asked.logprobs is not None
         self._offset = 0
 
-    def opening(self) -> dict[str, object] | None:
+    def opening(self) -> Json | None:
         """Nothing comes before the first text."""
         return None
 
-    def piece(self, piece: Piece) -> dict[str, object]:
+    def piece(self, piece: Piece) -> Json:
         """A chunk's choice."""
         return self._choice(piece.text, piece.tokens, None)
 
-    def ending(self, reason: str) -> dict[str, object]:
+    def ending(self, reason: str) -> Json:
         """The last chunk's choice."""
         return self._choice("", (), reason)
 
-    def whole(self, text: str, tokens: list[PieceToken], reason: str) -> dict[str, object]:
+    def whole(self, text: str, tokens: list[PieceToken], reason: str) -> Json:
         """The choice of an answer that is not streamed."""
         return self._choice(text, tokens, reason)
 
-    def _choice(
-        self, text: str, tokens: list[PieceToken] | tuple[PieceToken, ...], reason: str | None
-    ) -> dict[str, object]:
+    def _choice(self, text: str, tokens: list[PieceToken] | tuple[PieceToken, ...], reason: str | None) -> Json:
         logprobs = self._logprobs(tokens) if self.logprobs else None
         return {"text": text, "index": 0, "logprobs": logprobs, "finish_reason": reason}
 
-    def _logprobs(self, tokens: list[PieceToken] | tuple[PieceToken, ...]) -> dict[str, object]:
+    def _logprobs(self, tokens: list[PieceToken] | tuple[PieceToken, ...]) -> Json:
         offsets = []
         for token in tokens:
             offsets.append(self._offset)
@@ -138,8 +138,8 @@ async def _answer(
     request: web.Request, asked: ChatRequest | CompletionRequest, shape: Chat | Text
 ) -> web.StreamResponse:
     node = request.app[NODE]
-    prepared = await guarded(node.gateway.prepare(asked.generation()))
-    head = {
+    prepared = await guarded(node.prepare(asked.generation()))
+    head: Json = {
         "id": f"{shape.prefix}-{secrets.token_hex(12)}",
         "created": int(time.time()),
         "model": asked.model,
@@ -150,7 +150,7 @@ async def _answer(
     return await _stream(request, node, prepared, head | {"object": shape.chunk_object}, shape, include_usage)
 
 
-async def _whole(node: NodeView, prepared: Prepared, head: dict[str, object], shape: Chat | Text) -> web.Response:
+async def _whole(node: NodeView, prepared: Prepared, head: Json, shape: Chat | Text) -> web.Response:
     text, tokens = [], []
     async with aclosing(node.observe(prepared)) as items:
         try:
@@ -167,25 +167,27 @@ async def _whole(node: NodeView, prepared: Prepared, head: dict[str, object], sh
 
 
 async def _stream(
-    request: web.Request,
-    node: NodeView,
-    prepared: Prepared,
-    head: dict[str, object],
-    shape: Chat | Text,
-    include_usage: bool,
+    request: web.Request, node: NodeView, prepared: Prepared, head: Json, shape: Chat | Text, include_usage: bool
 ) -> web.StreamResponse:
-    """Server-sent events. An error after the first byte is a typed event; leaving early cancels the generation."""
+    """Server-sent events. Leaving early cancels the generation.
+
+    The headers wait for the first token, so that a request refused until then gets its status and `Retry-After`. Later
+    errors are typed events.
+    """
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
-    await response.prepare(request)
-    async with aclosing(node.observe(prepared)) as items:
+    async with aclosing(node.observe(prepared)) as items, aclosing(_choices(items, shape)) as choices:
         try:
-            async for choice, usage in _choices(items, shape):
+            async for choice, usage in choices:
+                if not response.prepared:
+                    await response.prepare(request)
                 body = head | {"choices": [choice] if choice is not None else []}
                 if include_usage:
                     body["usage"] = usage
-                if choice is not None or (include_usage and usage is not None):
+                if choice is not None or include_usage:
                     await _send(response, body)
         except GenerationError as error:
+            if not response.prepared:
+                raise ApiError.of(error) from error
             await _send(response, ApiError.of(error).body())
         else:
             await response.write(b"data: [DONE]\n\n")
@@ -194,13 +196,14 @@ async def _stream(
 
 
 async def _choices(
-    items: AsyncIterator[Piece | Ending], shape: Chat | Text
-) -> AsyncIterator[tuple[dict[str, object] | None, dict[str, object] | None]]:
-    """(choice, usage) of every chunk; usage comes alone, after the last choice."""
+    items: AsyncGenerator[Piece | Ending], shape: Chat | Text
+) -> AsyncGenerator[tuple[Json | None, Json | None]]:
+    """(choice, usage) of every chunk, none before the first token; usage comes alone, after the last choice."""
     opening = shape.opening()
-    if opening is not None:
-        yield opening, None
     async for item in items:
+        if opening is not None:
+            yield opening, None
+            opening = None
         if isinstance(item, Ending):
             yield shape.ending(item.reason), None
             yield None, _usage(item)
@@ -208,21 +211,19 @@ async def _choices(
             yield shape.piece(item), None
 
 
-async def _send(response: web.StreamResponse, body: dict[str, object]) -> None:
+async def _send(response: web.StreamResponse, body: Json) -> None:
     await response.write(b"data: " + msgspec.json.encode(body) + b"\n\n")
 
 
-def _chunk_choice(
-    delta: dict[str, object], logprobs: dict[str, object] | None, reason: str | None
-) -> dict[str, object]:
+def _chunk_choice(delta: Json, logprobs: Json | None, reason: str | None) -> Json:
     return {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
 
-def _logprob(text: str, value: float) -> dict[str, object]:
+def _logprob(text: str, value: float) -> Json:
     return {"token": text, "logprob": value, "bytes": list(text.encode())}
 
 
-def _usage(ending: Ending) -> dict[str, object]:
+def _usage(ending: Ending) -> Json:
     total = ending.prompt_tokens + ending.completion_tokens
     return {
         "prompt_tokens": ending.prompt_tokens,
@@ -231,7 +232,7 @@ def _usage(ending: Ending) -> dict[str, object]:
     }
 
 
-def _model(name: str, created: int) -> dict[str, object]:
+def _model(name: str, created: int) -> Json:
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(created))
     return {
         "id": name,

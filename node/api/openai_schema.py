@@ -1,7 +1,7 @@
 """OpenAI requests as swarmd takes them: every field is honoured or refused by name, none is silently dropped.
 
-After the API reference of OpenAI's chat completions and (legacy) completions; `top_k`, `min_p` and `repetition_penalty` are
-extensions that other local servers have too.
+After the API reference of OpenAI's chat completions and (legacy) completions; `top_k`, `min_p` and
+`repetition_penalty` are extensions that other local servers have too.
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ StopText = Annotated[str, Meta(min_length=1, max_length=256)]
 Stop = StopText | Annotated[list[StopText], Meta(max_length=8)] | None
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 
-_FIELD_IN_ERROR = re.compile(r"at `\$\.([A-Za-z_]+)")
-_UNKNOWN_FIELD = re.compile(r"unknown field `([^`]+)`")
+# msgspec says where: "... - at `$.messages[0].role`".
+_PLACE = re.compile(r" - at `\$\.?([^`]*)`$")
+_UNKNOWN_FIELD = re.compile(r"unknown field `(.*)`$", re.DOTALL)
+_MISSING_FIELD = re.compile(r"missing required field `([^`]+)`$")
+_LARGEST_TOKEN = 2**31 - 1
 
 
 class StreamOptions(Struct, forbid_unknown_fields=True):
@@ -61,7 +64,10 @@ class Message(Struct, forbid_unknown_fields=True, omit_defaults=True):
         """What a chat template gets. A developer message is what models know as a system message."""
         text = self.content if isinstance(self.content, str) else "".join(p.text for p in self.content or ())
         role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": text} | ({"name": self.name} if self.name else {})
+        plain: dict[str, object] = {"role": role, "content": text}
+        if self.name:
+            plain["name"] = self.name
+        return plain
 
 
 class SamplingFields(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -70,7 +76,7 @@ class SamplingFields(Struct, kw_only=True, forbid_unknown_fields=True):
     model: Annotated[str, Meta(min_length=1, max_length=512)]
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Meta(ge=0)] | None = None
+    top_k: Annotated[int, Meta(ge=0, le=_LARGEST_TOKEN)] | None = None
     min_p: Unit | None = None
     seed: Seed | None = None
     presence_penalty: Penalty | None = None
@@ -104,7 +110,7 @@ class ChatRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True):
     def generation(self) -> GenerationRequest:
         """The same wishes as the token stream knows them."""
         if self.top_logprobs and not self.logprobs:
-            raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
+            raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs", code="invalid_value")
         return GenerationRequest(
             model=self.model,
             sampling=sampling(self, self.top_logprobs or 0),
@@ -117,12 +123,7 @@ class ChatRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True):
 class CompletionRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True):
     """`POST /v1/completions`."""
 
-    prompt: (
-        str
-        | Annotated[list[int], Meta(min_length=1, max_length=1 << 20)]
-        | Annotated[list[str], Meta(min_length=1, max_length=1)]
-        | None
-    ) = None
+    prompt: str | Annotated[list[int | str], Meta(min_length=1, max_length=1 << 20)] | None = None
     max_tokens: PositiveCount | None = None
     logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
     echo: Literal[False] | None = None
@@ -131,18 +132,27 @@ class CompletionRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True
 
     def generation(self) -> GenerationRequest:
         """The same wishes as the token stream knows them. 16 tokens by default, as OpenAI's endpoint."""
-        prompt = self.prompt
-        if prompt is None:
-            raise ApiError(400, "prompt is required", param="prompt")
-        if isinstance(prompt, list):
-            prompt = prompt[0] if isinstance(prompt[0], str) else tuple(prompt)
         return GenerationRequest(
             model=self.model,
             sampling=sampling(self, self.logprobs or 0),
             max_tokens=self.max_tokens or 16,
             stop=stop_strings(self.stop),
-            prompt=prompt,
+            prompt=self._prompt(),
         )
+
+    def _prompt(self) -> str | tuple[int, ...]:
+        """One text, which may stand in a list, or the tokens of one."""
+        if self.prompt is None:
+            raise ApiError(400, "prompt is required", param="prompt", code="missing_required_parameter")
+        if isinstance(self.prompt, str):
+            return self.prompt
+        texts = [item for item in self.prompt if isinstance(item, str)]
+        if len(texts) == len(self.prompt) == 1:
+            return texts[0]
+        if texts:
+            message = "prompt: one text, or the tokens of one text, is answered at a time"
+            raise ApiError(400, message, param="prompt", code="invalid_value")
+        return tuple(item for item in self.prompt if isinstance(item, int))
 
 
 def parse(body: bytes, kind: type[T]) -> T:
@@ -150,22 +160,26 @@ def parse(body: bytes, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
-        text = str(error)
-        unknown = _UNKNOWN_FIELD.search(text)
-        if unknown:
-            raise ApiError(
-                400,
-                f"{unknown[1]} is not supported by this server",
-                param=unknown[1],
-                code="unsupported_parameter",
-            ) from None
-        field = _FIELD_IN_ERROR.search(text)
-        param = field[1] if field else None
-        raise ApiError(400, f"{param}: {text}" if param else text, param=param, code="invalid_value") from None
+        raise _refusal(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
     except RecursionError:
         raise ApiError(400, "the body is nested too deeply", code="invalid_json") from None
+
+
+def _refusal(text: str) -> ApiError:
+    """msgspec's words, with the parameter at fault: the request's own field, however deep in it the fault is."""
+    found = _PLACE.search(text)
+    place = found[1] if found else ""
+    text = _PLACE.sub("", text)
+    within = re.split(r"[.\[]", place)[0]
+    if unknown := _UNKNOWN_FIELD.search(text):
+        name = unknown[1][:100]
+        message = f"{f'{name} in {place}' if place else name} is not supported by this server"
+        return ApiError(400, message, param=within or name, code="unsupported_parameter")
+    if not place and (missing := _MISSING_FIELD.search(text)):
+        return ApiError(400, f"{missing[1]} is required", param=missing[1], code="missing_required_parameter")
+    return ApiError(400, f"{place}: {text}" if place else text, param=within or None, code="invalid_value")
 
 
 def sampling(request: SamplingFields, top_logprobs: int) -> SamplingParams:
@@ -193,7 +207,6 @@ def stop_strings(stop: Stop) -> tuple[str, ...]:
 
 
 def _logit_bias(given: dict[str, float]) -> dict[int, float]:
-    try:
-        return {int(token): bias for token, bias in given.items()}
-    except ValueError:
-        raise ApiError(400, "logit_bias: the keys must be token ids", param="logit_bias") from None
+    if not all(token.isascii() and token.isdigit() and int(token) <= _LARGEST_TOKEN for token in given):
+        raise ApiError(400, "logit_bias: the keys must be token ids", param="logit_bias", code="invalid_value")
+    return {int(token): bias for token, bias in given.items()}

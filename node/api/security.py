@@ -24,14 +24,19 @@ _OPEN_PATHS = frozenset({"/", "/health"})
 def guard(api_key: str | None, known_hosts: frozenset[str]) -> Callable[..., Awaitable[web.StreamResponse]]:
     """A middleware that refuses foreign hosts and origins, and requests without the key if there is one.
 
-    `known_hosts` are names beside IP addresses and localhost under which this endpoint is meant to be reached.
+    `known_hosts` are the names, in lower case, beside IP addresses and localhost under which this endpoint is meant to
+    be reached.
     """
 
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
         host = _host_of(request.headers.get("Host", ""))
         if not _is_known(host, known_hosts):
-            raise ApiError(403, f"the host {host[:100]!r} is not a name of this node", code="foreign_host")
+            raise ApiError(
+                403,
+                f"the host {host[:100]!r} is not a name of this node; use its address, or name it with --listen",
+                code="foreign_host",
+            )
         origin = request.headers.get("Origin")
         if origin is not None and origin.partition("://")[2] != request.headers.get("Host"):
             raise ApiError(403, "a web page of another origin may not use this endpoint", code="foreign_origin")
@@ -43,8 +48,8 @@ def guard(api_key: str | None, known_hosts: frozenset[str]) -> Callable[..., Awa
 
 
 def _has_key(request: web.Request, api_key: str) -> bool:
-    given = request.headers.get("Authorization", "").removeprefix("Bearer ").strip()
-    return hmac.compare_digest(given.encode(), api_key.encode())
+    scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+    return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), api_key.encode())
 
 
 def _is_open(path: str) -> bool:
@@ -52,7 +57,8 @@ def _is_open(path: str) -> bool:
 
 
 def _host_of(header: str) -> str:
-    """`name:port`, `name`, `[v6]:port` -> the name."""
+    """`name:port`, `name`, `[v6]:port` -> the name, in lower case."""
+    header = header.lower()
     if header.startswith("["):
         return header[1:].partition("]")[0]
     return header.rpartition(":")[0] if header.count(":") == 1 else header

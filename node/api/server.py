@@ -19,6 +19,8 @@ log = logging.getLogger("swarmd.api")
 
 MAX_BODY_BYTES = 16 << 20
 SHUTDOWN_SECONDS = 2.0
+# Who listens everywhere is reached from this machine by loopback.
+_LOOPBACK_OF = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 def make_app(node: NodeView, *, api_key: str | None, known_hosts: frozenset[str]) -> web.Application:
@@ -36,6 +38,7 @@ class HttpServer:
     def __init__(self, app: web.Application) -> None:
         # A handler is cancelled when its client leaves, which cancels the generation on every stage.
         self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=SHUTDOWN_SECONDS)
+        # Where this machine's own programs reach it, once it listens.
         self.url = ""
 
     async def start(self, listen: tuple[str, int] | None) -> None:
@@ -48,7 +51,7 @@ class HttpServer:
             if listen is None and error.errno == errno.EADDRINUSE:
                 await self._listen(host, 0)
                 return
-            reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
+            reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror or error})"
             raise ConfigError(f"the address {host}:{port} {reason}; choose another with --listen") from None
 
     async def close(self) -> None:
@@ -59,8 +62,8 @@ class HttpServer:
         site = web.TCPSite(self._runner, host, port)
         await site.start()
         bound = self._runner.addresses[0][1]
-        shown = f"[{host}]" if ":" in host else host
-        self.url = f"http://{shown}:{bound}"
+        local = _LOOPBACK_OF.get(host, host)
+        self.url = f"http://{f'[{local}]' if ':' in local else local}:{bound}"
 
 
 def _default() -> tuple[str, int]:
@@ -81,7 +84,9 @@ async def _errors(
         return ApiError(413, f"the body is larger than {MAX_BODY_BYTES >> 20} MiB", code="too_large").response()
     except web.HTTPMethodNotAllowed as error:
         allowed = ", ".join(sorted(error.allowed_methods))
-        return ApiError(405, f"{request.path} answers {allowed}", code="method_not_allowed").response()
+        refusal = ApiError(405, f"{request.path[:200]} answers {allowed}", code="method_not_allowed").response()
+        refusal.headers["Allow"] = allowed
+        return refusal
     except web.HTTPNotFound:
         return ApiError(404, f"there is nothing at {request.path[:200]}", code="not_found").response()
     except web.HTTPException:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable
 from typing import Any, Protocol, TypeVar
 
 from aiohttp import web
@@ -10,8 +10,8 @@ from aiohttp import web
 from swarmd.node.api.errors import ApiError
 from swarmd.node.cluster.signal import Signal
 from swarmd.node.models.progress import Progress
-from swarmd.node.serving.gateway import Gateway, Prepared
-from swarmd.node.serving.generation import Ending, GenerationError, Piece
+from swarmd.node.serving.gateway import Prepared
+from swarmd.node.serving.generation import Ending, GenerationError, GenerationRequest, Piece
 
 T = TypeVar("T")
 
@@ -19,15 +19,19 @@ T = TypeVar("T")
 class NodeView(Protocol):
     """The node behind the endpoint."""
 
-    gateway: Gateway
     changed: Signal
+    """Fires when what `swarm_state` tells may have changed."""
 
-    def observe(self, prepared: Prepared) -> AsyncIterator[Piece | Ending]:
-        """The gateway's stream, counted by the metrics on its way."""
+    async def prepare(self, request: GenerationRequest) -> Prepared:
+        """Check and tokenize a request. Raises GenerationError; nothing is computed yet."""
+        ...
+
+    def observe(self, prepared: Prepared) -> AsyncGenerator[Piece | Ending]:
+        """The answer, ended by Ending and counted by the metrics; closing it cancels it. Raises GenerationError."""
         ...
 
     def served_models(self) -> list[tuple[str, int]]:
-        """Names of the models that instances of the swarm serve, each with the time of its first sight (Unix seconds)."""
+        """Names of the models that instances of the swarm serve, each with its first sight (Unix seconds)."""
         ...
 
     def swarm_state(self) -> dict[str, Any]:
@@ -38,8 +42,11 @@ class NodeView(Protocol):
         """Downloads under way on this node."""
         ...
 
-    async def launch(self, name: str) -> None:
-        """Have a model served. Raises GenerationError in words for the user."""
+    async def launch(self, name: str) -> str:
+        """Have a model served; the name of its instance. Waits for a download, which goes on if the caller leaves.
+
+        Raises GenerationError in words for the user.
+        """
         ...
 
     def metrics(self) -> bytes:

@@ -8,50 +8,21 @@ from typing import Annotated
 
 import typer
 
-from swarmd.node.options import DEFAULT_MODEL, OPTIONS
+from swarmd.node.cli.parameters import Given, with_options
+from swarmd.node.options import DEFAULT_MODEL, OPTIONS, environment_name
 
 HELP = """Run large language models on all the machines you own, together.
 
-Bare `swarmd` starts this machine's node. On the first start it founds a swarm and prints what to type on the next machine.
-Every option may also stand in the environment as SWARMD_NAME_OF_OPTION or in config.toml in the data dir."""
+Bare `swarmd` starts this machine's node. The first start founds a swarm and prints what to type on the next machine.
+Every option may also stand in the environment as SWARMD_NAME_OF_OPTION, or in config.toml in the data dir."""
 
 app = typer.Typer(name="swarmd", help=HELP, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
-Name = Annotated[str | None, typer.Option(help=OPTIONS["name"])]
-Dir = Annotated[str | None, typer.Option("--data-dir", help=OPTIONS["data_dir"])]
-Listen = Annotated[str | None, typer.Option(help=OPTIONS["listen"])]
-ApiKey = Annotated[str | None, typer.Option(help=OPTIONS["api_key"])]
-Port = Annotated[int | None, typer.Option(help=OPTIONS["port"])]
-Peer = Annotated[list[str] | None, typer.Option(help=OPTIONS["peer"])]
-Mdns = Annotated[bool | None, typer.Option("--mdns/--no-mdns", help=OPTIONS["mdns"])]
-Memory = Annotated[str | None, typer.Option(help=OPTIONS["memory"])]
-Device = Annotated[str | None, typer.Option(help=OPTIONS["device"])]
-Threads = Annotated[int | None, typer.Option(help=OPTIONS["threads"])]
-Model = Annotated[str | None, typer.Option(help=OPTIONS["model"])]
-Context = Annotated[int | None, typer.Option(help=OPTIONS["context"])]
-Split = Annotated[bool | None, typer.Option("--split/--no-split", help=OPTIONS["split"])]
-WireDtype = Annotated[str | None, typer.Option(help=OPTIONS["wire_dtype"])]
-LogLevel = Annotated[str | None, typer.Option(help=OPTIONS["log_level"])]
-
 
 @app.callback(invoke_without_command=True)
+@with_options(*OPTIONS)
 def main_command(
-    context: typer.Context,
-    name: Name = None,
-    data_dir: Dir = None,
-    listen: Listen = None,
-    api_key: ApiKey = None,
-    port: Port = None,
-    peer: Peer = None,
-    mdns: Mdns = None,
-    memory: Memory = None,
-    device: Device = None,
-    threads: Threads = None,
-    model: Model = None,
-    context_length: Annotated[int | None, typer.Option("--context", help=OPTIONS["context"])] = None,
-    split: Split = None,
-    wire_dtype: WireDtype = None,
-    log_level: LogLevel = None,
+    call: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     """Without a subcommand: start the node."""
@@ -60,116 +31,104 @@ def main_command(
 
         typer.echo(f"swarmd {VERSION}")
         raise typer.Exit
-    given = {
-        "name": name,
-        "data_dir": data_dir,
-        "listen": listen,
-        "api_key": api_key,
-        "port": port,
-        "peer": tuple(peer) if peer else None,
-        "mdns": mdns,
-        "memory": memory,
-        "device": device,
-        "threads": threads,
-        "model": model,
-        "context": context_length,
-        "split": split,
-        "wire_dtype": wire_dtype,
-        "log_level": log_level,
-    }
-    context.obj = given
-    if context.invoked_subcommand is None:
+    if call.invoked_subcommand is None:
         from swarmd.node.cli.serve import serve
 
-        raise typer.Exit(serve(given))
+        raise typer.Exit(serve(call.obj))
 
 
 @app.command()
+@with_options(*OPTIONS)
 def join(
-    context: typer.Context,
+    call: typer.Context,
     token: Annotated[str, typer.Argument(help="The join token, or - to read it from standard input.")] = "",
 ) -> None:
-    """Join the swarm of TOKEN and start this machine's node. Options go before: `swarmd --memory 4GB join TOKEN`.
+    """Join the swarm of TOKEN and start this machine's node.
 
     The token may also stand in SWARMD_TOKEN. It is used once, to certify this node's key, and not kept.
     """
-    from swarmd.node.cli.serve import join_swarm, serve
+    from swarmd.node.cli.identity import join_swarm
 
-    text = sys.stdin.readline() if token == "-" else token or os.environ.pop("SWARMD_TOKEN", "")
-    code = join_swarm(context.obj, text)
+    text = sys.stdin.readline() if token == "-" else token or os.environ.get("SWARMD_TOKEN", "")
+    code = join_swarm(call.obj, text)
     if code == 0:
-        _forget_arguments(token, context.obj)
-        code = serve(context.obj)
+        _start_over(call.obj)
     raise typer.Exit(code)
 
 
 @app.command()
-def token(context: typer.Context) -> None:
+@with_options("data_dir")
+def token(call: typer.Context) -> None:
     """Print the command that joins the next machine, with this swarm's token."""
-    from swarmd.node.cli.serve import show_token
+    from swarmd.node.cli.identity import show_token
 
-    raise typer.Exit(show_token(context.obj))
+    raise typer.Exit(show_token(call.obj))
 
 
 @app.command()
+@with_options("data_dir", "api_key")
 def status(
-    context: typer.Context, json: Annotated[bool, typer.Option("--json", help="Print the raw state.")] = False
+    call: typer.Context, json: Annotated[bool, typer.Option("--json", help="Print the raw state.")] = False
 ) -> None:
-    """Show the swarm: nodes, devices, memory, instances and their stages."""
+    """Show the swarm: nodes, devices, memory, models and stages."""
     from swarmd.node.cli.status import status as run
 
-    raise typer.Exit(run(context.obj, as_json=json))
+    raise typer.Exit(run(call.obj, as_json=json))
 
 
 @app.command()
+@with_options("data_dir", "api_key")
 def run(
-    context: typer.Context,
+    call: typer.Context,
     model: Annotated[str, typer.Argument(help="Name of a model, or the path of a GGUF file.")] = DEFAULT_MODEL,
     prompt: Annotated[str | None, typer.Argument(help="One question; without it, a conversation.")] = None,
 ) -> None:
-    """Chat with a model in the terminal; the swarm starts it if nobody serves it yet."""
+    """Chat with a model; the swarm starts it if need be."""
     from swarmd.node.cli.chat import chat
 
-    raise typer.Exit(chat(context.obj, model, prompt))
+    raise typer.Exit(chat(call.obj, model, prompt))
 
 
 @app.command()
-def pull(context: typer.Context, model: Annotated[str, typer.Argument(help="Name of a model.")]) -> None:
-    """Bring a model to this machine."""
+@with_options("data_dir")
+def pull(
+    call: typer.Context,
+    model: Annotated[str, typer.Argument(help="Name of a model, or the path of a GGUF file.")],
+) -> None:
+    """Bring a model to this machine, without serving it."""
     from swarmd.node.cli.models import pull as run
 
-    raise typer.Exit(run(context.obj, model))
+    raise typer.Exit(run(call.obj, model))
 
 
 @app.command()
-def models(context: typer.Context) -> None:
-    """List the models that can be had by name and those on this machine."""
+@with_options("data_dir")
+def models(call: typer.Context) -> None:
+    """List the models on this machine and those to be had."""
     from swarmd.node.cli.models import list_models
 
-    raise typer.Exit(list_models(context.obj))
+    raise typer.Exit(list_models(call.obj))
 
 
 @app.command()
-def stop(context: typer.Context) -> None:
+@with_options("data_dir")
+def stop(call: typer.Context) -> None:
     """Stop this machine's node."""
     from swarmd.node.cli.status import stop as run
 
-    raise typer.Exit(run(context.obj))
+    raise typer.Exit(run(call.obj))
 
 
-def _forget_arguments(token: str, given: dict[str, object]) -> None:
-    """A token on the command line stays visible in the process list for as long as the process does: start over
-    without it, the settings passed in the environment."""
-    if token in ("", "-"):
-        return
-    from swarmd.node.options import environment_name
+def _start_over(given: Given) -> None:
+    """Become bare `swarmd`, the settings passed in the environment.
 
-    environment = dict(os.environ)
+    A process's command line and first environment stay readable for as long as it lives, and one holds the token.
+    """
+    environment = {key: value for key, value in os.environ.items() if key != "SWARMD_TOKEN"}
     for option, value in given.items():
-        if value is not None:
-            environment[environment_name(option)] = ",".join(value) if isinstance(value, tuple) else str(value)
-    environment.pop("SWARMD_TOKEN", None)
-    os.execve(sys.executable, [sys.executable, "-m", "swarmd.node.cli.app"], environment)
+        environment[environment_name(option)] = " ".join(value) if isinstance(value, list) else str(value)
+    # -P: a folder named swarmd in the working directory is not this program.
+    os.execve(sys.executable, [sys.executable, "-P", "-m", "swarmd.node.cli.app"], environment)
 
 
 def main() -> None:

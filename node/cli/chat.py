@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import threading
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.status import Status
 
-from swarmd.node.cli.console import CommandError, DaemonClient, guarded, settings_of
+from swarmd.node.cli.console import USAGE_ERROR, CommandError, DaemonClient, guarded, settings_of
+from swarmd.node.models.catalog import is_path
 from swarmd.partition.units import format_bytes
 
 
@@ -16,65 +21,92 @@ def chat(given: Mapping[str, Any], model: str, prompt: str | None) -> int:
     """Answer one prompt, or talk until the input ends; the exit code."""
 
     def work() -> int:
+        if prompt is not None and not prompt.strip():
+            raise CommandError("the prompt is empty", USAGE_ERROR)
         client = DaemonClient(settings_of(given))
-        served = _have_served(client, model)
+        served = _have_served(client, _absolute(model))
         messages: list[dict[str, str]] = []
         if prompt is not None:
             _ask(client, served, messages, prompt)
             return 0
-        if sys.stdin.isatty():
+        person = sys.stdin.isatty()
+        if person:
             print(f"{served} is ready. An empty line or Ctrl-D ends the conversation.")
         while text := _read_line():
-            _ask(client, served, messages, text)
+            try:
+                _ask(client, served, messages, text)
+            except CommandError as error:
+                if not person:
+                    raise
+                print(f"[{error}]", file=sys.stderr)
         return 0
 
     return guarded(work)
 
 
+def _absolute(model: str) -> str:
+    """A path as the daemon can use it, whose working directory is another."""
+    return str(Path(model).expanduser().absolute()) if is_path(model) else model
+
+
 def _read_line() -> str:
     try:
-        return input(">>> " if sys.stdin.isatty() else "")
+        return input(">>> " if sys.stdin.isatty() else "").strip()
     except EOFError:
         return ""
 
 
 def _have_served(client: DaemonClient, model: str) -> str:
     """Have the swarm serve a model, showing what is going on until it is ready; its name in the swarm."""
-    before = {instance["model"] for instance in client.get("/api/swarm")["instances"]}
-    client.post("/api/instances", {"model": model})
+    told = ""
     with Console(stderr=True).status(f"waiting for {model}") as shown:
+        name = _launched(client, model, shown)
         for event, data in client.events("GET", "/api/events"):
             if event == "progress":
-                done, total = format_bytes(data["done_bytes"]), format_bytes(data["total_bytes"])
-                shown.update(f"{data['model']}: {data['phase']} {done} of {total}")
+                shown.update(_progress_line(data))
                 continue
-            instance = _wanted(data["instances"], model, before)
+            instance = next((i for i in data["instances"] if i["model"] == name), None)
             if instance is None:
                 continue
             if instance["state"] == "ready":
-                return instance["model"]
+                return name
             if instance["state"] == "failed" or "missing" in instance["reason"]:
-                raise CommandError(f"{instance['model']}: {instance['reason']}")
-            shown.update(f"{instance['model']}: {instance['state']} {instance['reason']}")
-    raise CommandError("the daemon went away while the model was being prepared")
+                raise CommandError(f"{name} cannot be served: {instance['reason']}")
+            if instance["reason"] and instance["reason"] != told:
+                told = instance["reason"]
+                shown.console.print(f"{name}: {told}", markup=False, highlight=False)
+            shown.update(f"{name}: {instance['state']}")
+    raise CommandError("the node went away while the model was being prepared")
 
 
-def _wanted(instances: list[dict[str, Any]], model: str, before: set[str]) -> dict[str, Any] | None:
-    """The instance that a name, an alias or a path means: of that name, else the one that has just come."""
-    from swarmd.node.models.catalog import ModelNameError, resolve
+def _launched(client: DaemonClient, model: str, shown: Status) -> str:
+    """Have an instance of a model; its name. The answer may wait for a download, which is shown meanwhile."""
+    answered = threading.Event()
 
+    def show() -> None:
+        with contextlib.suppress(CommandError):
+            for event, data in client.events("GET", "/api/events"):
+                if answered.is_set():
+                    return
+                if event == "progress":
+                    shown.update(_progress_line(data))
+
+    threading.Thread(target=show, daemon=True).start()
     try:
-        names = {model, resolve(model).name}
-    except ModelNameError:
-        names = {model}
-    named = [instance for instance in instances if instance["model"] in names]
-    fresh = [instance for instance in instances if instance["model"] not in before]
-    return next(iter([*named, *fresh]), None)
+        return client.post("/api/instances", {"model": model}, timeout=None)["model"]
+    finally:
+        answered.set()
+
+
+def _progress_line(progress: dict[str, Any]) -> str:
+    done, total = format_bytes(progress["done_bytes"]), format_bytes(progress["total_bytes"])
+    return f"{progress['model']}: {progress['phase']} {done} of {total}"
 
 
 def _ask(client: DaemonClient, model: str, messages: list[dict[str, str]], text: str) -> None:
-    messages.append({"role": "user", "content": text})
-    body = {"model": model, "messages": messages, "stream": True}
+    """One turn: print the answer as it comes, and take both into the conversation unless the answer failed."""
+    turn = {"role": "user", "content": text}
+    body = {"model": model, "messages": [*messages, turn], "stream": True}
     answer = ""
     try:
         for _, chunk in client.events("POST", "/v1/chat/completions", body):
@@ -87,5 +119,7 @@ def _ask(client: DaemonClient, model: str, messages: list[dict[str, str]], text:
     except KeyboardInterrupt:
         # Ctrl-C ends the answer; at the prompt it ends the conversation.
         print(" [stopped]", end="")
-    print()
-    messages.append({"role": "assistant", "content": answer})
+    finally:
+        if answer:
+            print()
+    messages += [turn, {"role": "assistant", "content": answer}]

@@ -12,9 +12,13 @@ from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
 from swarmd.node.cli.console import CommandError, guarded, settings_of
+from swarmd.node.config import ConfigError
 from swarmd.node.data_dir import DataDir
-from swarmd.node.models.catalog import CATALOG, ModelNameError
+from swarmd.node.engine.spec import ArchSpec
+from swarmd.node.models.catalog import CATALOG, ModelNameError, resolve
+from swarmd.node.models.costs import model_costs
 from swarmd.node.models.errors import ModelFileError
+from swarmd.node.models.gguf import GGUFFile
 from swarmd.node.models.progress import Progress
 from swarmd.node.models.store import ModelStore
 from swarmd.partition.units import format_bytes
@@ -67,6 +71,23 @@ def list_models(given: Mapping[str, Any]) -> int:
         return 0
 
     return guarded(work)
+
+
+def check_servable(data_dir: DataDir, name: str) -> None:
+    """Refuse at once what a node could only try in vain: an unknown name, or a file of no model that swarmd runs.
+
+    Raises ConfigError.
+    """
+    store = ModelStore(data_dir.models)
+    if name == "none" or any(model.name == name for model in store.entries()):
+        return
+    try:
+        path = resolve(name).path
+        if path is not None:
+            with GGUFFile.open(path) as file:
+                model_costs(file, ArchSpec.from_gguf(file.metadata, file.tensors))
+    except (ModelNameError, ModelFileError, OSError) as error:
+        raise ConfigError(f"--model: {error}") from None
 
 
 def _store(given: Mapping[str, Any]) -> ModelStore:

@@ -1,33 +1,34 @@
-"""`swarmd`, `swarmd join` and `swarmd token`: founding, joining, and running the node until it is told to stop."""
+"""Running the node until it is told to stop, and what it says meanwhile to the person who started it."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
+import platform
+import shlex
 import signal
 import sys
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from swarmd.node.cli.console import CommandError, guarded, settings_of
-from swarmd.node.config import LOOPBACK_HOSTS, Settings
+from swarmd.discovery.addresses import usable_addresses
+from swarmd.node.cli.console import guarded, settings_of
+from swarmd.node.cli.identity import own_credentials, with_identity
+from swarmd.node.cli.models import check_servable
+from swarmd.node.config import Settings, is_loopback
 from swarmd.node.data_dir import DataDir
-from swarmd.transport.identity import (
-    Credentials,
-    IdentityError,
-    issue_credentials,
-    load_credentials,
-    load_or_create_node_key,
-    load_token,
-    save_credentials,
-    save_token,
-)
-from swarmd.transport.token import JoinToken, TokenError
+from swarmd.node.options import DEFAULT_DATA_DIR
+from swarmd.transport.identity import Credentials, load_token
+
+if TYPE_CHECKING:
+    from swarmd.node.daemon import Daemon
 
 log = logging.getLogger("swarmd")
+
+EVERYWHERE = frozenset({"0.0.0.0", "::"})
 
 
 def serve(given: Mapping[str, Any]) -> int:
@@ -35,85 +36,13 @@ def serve(given: Mapping[str, Any]) -> int:
     return guarded(lambda: _serve(settings_of(given)))
 
 
-def join_swarm(given: Mapping[str, Any], token_text: str) -> int:
-    """Certify this node's key for the swarm of a token; the token itself is not kept."""
-
-    def work() -> int:
-        data_dir = _open(settings_of(given))
-        if data_dir.running() is not None:
-            raise CommandError("a node runs with this data dir; stop it with `swarmd stop` before it joins a swarm")
-        if not token_text.strip():
-            raise CommandError("no token given; `swarmd token` on a machine of the swarm prints it", 2)
-        try:
-            token = JoinToken.parse(token_text)
-        except TokenError as error:
-            raise CommandError(str(error), 2) from None
-        kept = load_token(data_dir.path)
-        if kept is not None and kept != token:
-            (data_dir.path / "token").unlink()
-        save_credentials(data_dir.path, issue_credentials(load_or_create_node_key(data_dir.path), token))
-        return 0
-
-    return _with_identity_errors(work)
-
-
-def show_token(given: Mapping[str, Any]) -> int:
-    """Print the join command."""
-
-    def work() -> int:
-        settings = settings_of(given)
-        if not settings.data_dir.is_dir():
-            raise CommandError(f"there is no node in {settings.data_dir} yet; start one with `swarmd`")
-        token = load_token(settings.data_dir)
-        if token is None:
-            raise CommandError(
-                "this node joined with a token and has not kept it; run `swarmd token` on the machine that founded the swarm"
-            )
-        print(f"swarmd join {token}")
-        return 0
-
-    return _with_identity_errors(work)
-
-
-def _with_identity_errors(work: Any) -> int:
-    def run() -> int:
-        try:
-            return work()
-        except IdentityError as error:
-            raise CommandError(str(error), 2) from None
-
-    return guarded(run)
-
-
-def _open(settings: Settings) -> DataDir:
-    data_dir = DataDir(settings.data_dir)
-    data_dir.create()
-    return data_dir
-
-
 def _serve(settings: Settings) -> int:
     _set_up_logging(settings.log_level)
-    data_dir = _open(settings)
-    data_dir.hold()
-    try:
-        credentials = _identity(data_dir)
-        return asyncio.run(_run(settings, data_dir, credentials))
-    except IdentityError as error:
-        raise CommandError(str(error), 2) from None
-    finally:
-        data_dir.release()
-
-
-def _identity(data_dir: DataDir) -> Credentials:
-    """This node's credentials; on the very first start it founds a swarm of its own."""
-    credentials = load_credentials(data_dir.path)
-    if credentials is None:
-        token = load_token(data_dir.path) or JoinToken.generate()
-        save_token(data_dir.path, token)
-        credentials = issue_credentials(load_or_create_node_key(data_dir.path), token)
-        save_credentials(data_dir.path, credentials)
-        log.info("founded a new swarm")
-    return credentials
+    data_dir = DataDir(settings.data_dir)
+    data_dir.create()
+    with data_dir:
+        check_servable(data_dir, settings.model)
+        return with_identity(lambda: asyncio.run(_run(settings, data_dir, own_credentials(data_dir))))
 
 
 async def _run(settings: Settings, data_dir: DataDir, credentials: Credentials) -> int:
@@ -125,16 +54,15 @@ async def _run(settings: Settings, data_dir: DataDir, credentials: Credentials) 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    api_key, fresh_key = _api_key(settings, data_dir)
+    api_key, fresh_key = api_key_of(settings, data_dir)
     daemon = Daemon(settings, data_dir, credentials)
-    known = frozenset({settings.listen[0]}) if settings.listen else frozenset[str]()
-    server = HttpServer(make_app(PublicView(daemon), api_key=api_key, known_hosts=known))
+    server = HttpServer(make_app(PublicView(daemon), api_key=api_key, known_hosts=_own_names(settings)))
     try:
         await server.start(settings.listen)
         await daemon.start()
         data_dir.note_running(server.url)
         _greet(settings, data_dir, server.url, api_key if fresh_key else None)
-        announcement = asyncio.create_task(_announce_ready(daemon, server.url))
+        announcement = asyncio.create_task(_announce_ready(daemon, data_dir, server.url, api_key))
         await stop.wait()
         announcement.cancel()
         log.info("stopping")
@@ -144,32 +72,57 @@ async def _run(settings: Settings, data_dir: DataDir, credentials: Credentials) 
     return 0
 
 
-async def _announce_ready(daemon: Any, url: str) -> None:
+async def _announce_ready(daemon: Daemon, data_dir: DataDir, url: str, api_key: str | None) -> None:
     """Say once that a model answers, and what to try."""
     while True:
         for record in (record for _, record in daemon.instances.all()):
             if record.state == "ready":
-                _say(
-                    f"\n  ready: {record.model.name} answers. Try:\n"
-                    f'    swarmd run {record.model.name} "What is the capital of France?"\n'
-                    f"    curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d "
-                    f'\'{{"model": "{record.model.name}", "messages": '
-                    '[{"role": "user", "content": "What is the capital of France?"}]}\'\n'
-                )
+                _say(_ready_lines(record.model.name, data_dir, url, api_key))
                 return
         await daemon.changed.wait()
 
 
+def _ready_lines(model: str, data_dir: DataDir, url: str, api_key: str | None) -> str:
+    key = "" if api_key is None else " -H 'Authorization: Bearer KEY'"
+    if api_key is not None and data_dir.kept_api_key() == api_key:
+        key = f' -H "Authorization: Bearer $(cat {shlex.quote(str(data_dir.api_key_path))})"'
+    question = "What is the capital of France?"
+    message = f'{{"role": "user", "content": "{question}"}}'
+    # A small model gives its best when it is not left to chance.
+    body = f'{{"model": "{model}", "temperature": 0, "messages": [{message}]}}'
+    run = _command(data_dir, f'run {model} "{question}"')
+    return (
+        f"\n  ready: {model} answers. Try:\n"
+        f"    {run}\n"
+        f"    curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'\n"
+    )
+
+
 def _greet(settings: Settings, data_dir: DataDir, url: str, fresh_key: str | None) -> None:
-    token = load_token(data_dir.path)
+    """Where to look and what to type next. Secrets are for a person's eyes: a log is told only where they are."""
+    person = sys.stdout.isatty()
     lines = [f"\n  swarmd node {settings.name!r} is up", f"  dashboard:    {url}"]
+    if settings.listen is not None and settings.listen[0] in EVERYWHERE:
+        port = url.rpartition(":")[2]
+        shown = (f"[{host}]" if ":" in host else host for host in usable_addresses() if not is_loopback(host))
+        lines += [f"  from outside: http://{host}:{port}" for host in shown if "%" not in host]
     if fresh_key is not None:
-        lines.append(f"  API key:      {fresh_key}   (shown once; kept in {data_dir.path / 'api-key'})")
-    if token is not None and sys.stdout.isatty():
+        kept = f"kept in {data_dir.api_key_path}"
+        lines.append(f"  API key:      {fresh_key}   (shown once; {kept})" if person else f"  API key:      {kept}")
+    token = load_token(data_dir.path)
+    if token is None:
+        lines.append("  next machine: `swarmd token` on the machine that founded the swarm prints what to type there")
+    elif person:
         lines.append(f"  next machine: swarmd join {token}")
     else:
-        lines.append("  next machine: `swarmd token` prints the command to type there")
+        lines.append(f"  next machine: `{_command(data_dir, 'token')}` prints what to type there")
     _say("\n".join(lines) + "\n")
+
+
+def _command(data_dir: DataDir, words: str) -> str:
+    """A command for the node of this data dir, to be typed."""
+    usual = data_dir.path == Path(DEFAULT_DATA_DIR).expanduser()
+    return f"swarmd {words}" if usual else f"swarmd {words} --data-dir {shlex.quote(str(data_dir.path))}"
 
 
 def _say(text: str) -> None:
@@ -177,21 +130,21 @@ def _say(text: str) -> None:
     sys.stdout.flush()
 
 
-def _api_key(settings: Settings, data_dir: DataDir) -> tuple[str | None, bool]:
+def api_key_of(settings: Settings, data_dir: DataDir) -> tuple[str | None, bool]:
     """The key that clients must send, and whether it was made just now. Listening beyond loopback demands one."""
     if settings.api_key is not None:
         return settings.api_key.get_secret_value(), False
-    if settings.listen is None or settings.listen[0] in LOOPBACK_HOSTS:
+    if settings.listen is None or is_loopback(settings.listen[0]):
         return None, False
-    path = data_dir.path / "api-key"
-    try:
-        return path.read_text().strip(), False
-    except FileNotFoundError:
-        pass
-    key = secrets.token_urlsafe(24)
-    path.touch(mode=0o600)
-    path.write_text(key + "\n")
-    return key, True
+    kept = data_dir.kept_api_key()
+    return (kept, False) if kept is not None else (data_dir.make_api_key(), True)
+
+
+def _own_names(settings: Settings) -> frozenset[str]:
+    """Names by which a browser may reach this endpoint beside its addresses; nobody elsewhere can claim them."""
+    host = platform.node().lower()
+    names = {host, host.partition(".")[0], f"{host.partition('.')[0]}.local"} if host else set[str]()
+    return frozenset(names | ({settings.listen[0]} if settings.listen else set()))
 
 
 def _set_up_logging(level: str) -> None:

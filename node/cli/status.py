@@ -41,9 +41,12 @@ def stop(given: Mapping[str, Any]) -> int:
     def work() -> int:
         settings = settings_of(given)
         running = running_daemon(settings)
-        os.kill(running.pid, signal.SIGTERM)
+        try:
+            os.kill(running.pid, signal.SIGTERM)
+        except OSError as error:
+            raise CommandError(f"process {running.pid} cannot be stopped ({error.strerror})") from None
         deadline = time.monotonic() + STOP_SECONDS
-        while DataDir(settings.data_dir).running() is not None:
+        while DataDir(settings.data_dir).is_held():
             if time.monotonic() > deadline:
                 raise CommandError(f"process {running.pid} has not ended in {STOP_SECONDS:.0f} s; it may be stuck")
             time.sleep(0.05)

@@ -25,7 +25,7 @@ from swarmd.partition.plan import Promise
 log = logging.getLogger("swarmd.instances")
 
 SETTLE_SECONDS = 1.5
-RANK_SECONDS = 2.0
+RANK_SECONDS = 3.0
 RETRY_SECONDS = 15.0
 DEFAULT_CONTEXT = 4096
 SMALLEST_CONTEXT = 1024
@@ -34,7 +34,8 @@ SMALLEST_CONTEXT = 1024
 class Launcher:
     """Starts instances.
 
-    `context` is the longest sequence to promise, in tokens, None for the default; `progress` hears of downloads.
+    `announce` is called when `launching` changes. `context` is the longest sequence to promise, in tokens, None for
+    the default; `progress` hears of downloads.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Launcher:
         exchange: ModelExchange,
         instances: Instances,
         changed: Signal,
+        announce: Callable[[], None],
         *,
         context: int | None,
         progress: ProgressCallback,
@@ -51,9 +53,16 @@ class Launcher:
         self._exchange = exchange
         self._instances = instances
         self._changed = changed
+        self._announce = announce
         self._context = context
         self._progress = progress
-        self._launching = asyncio.Lock()
+        self._lock = asyncio.Lock()
+        self._launching: set[str] = set()
+
+    @property
+    def launching(self) -> tuple[str, ...]:
+        """The models that this node is bringing, by the names that were asked for."""
+        return tuple(sorted(name[:128] for name in self._launching))
 
     def find(self, name: str) -> InstanceRecord | None:
         """The instance that serves a model name (or alias, or path), anywhere in the swarm."""
@@ -69,14 +78,22 @@ class Launcher:
 
         Raises ModelNameError, ModelFileError, ModelSourceError, OSError.
         """
-        async with self._launching:
+        async with self._lock:
             found = self.find(name)
             if found is not None:
                 return found
-            stored = await self._store.ensure(name, self._progress)
-            manifest = await self._store.manifest(stored)
-            model, costs = await asyncio.to_thread(_read_model, stored.path, stored.name, stored.sha256, stored.size)
-            return self._instances.own(model, costs, promises(self._context, model.context), manifest)
+            self._launching.add(name)
+            self._announce()
+            try:
+                stored = await self._store.ensure(name, self._progress)
+                manifest = await self._store.manifest(stored)
+                model, costs = await asyncio.to_thread(
+                    _read_model, stored.path, stored.name, stored.sha256, stored.size
+                )
+                return self._instances.own(model, costs, promises(self._context, model.context), manifest)
+            finally:
+                self._launching.discard(name)
+                self._announce()
 
     async def take_over(self, gone: NodeRecord) -> None:
         """Become the owner of what a lost node owned, where that falls to this node."""
@@ -93,21 +110,30 @@ class Launcher:
             log.info("this node takes over %s, whose owner %s is gone", record.model.name, gone.name)
             self._instances.own(model, costs, promises(self._context, model.context), manifest)
 
-    async def keep_served(self, name: str, rank: Callable[[], int]) -> None:
-        """See to it that somebody serves a model, for ever. `rank` is this node's place among those alive: the first
-        acts at once, the others only if it does not."""
+    async def keep_served(self, name: str, nodes: Callable[[], list[NodeRecord]], own_id: str) -> None:
+        """See to it that somebody serves a model, for ever.
+
+        Of the `nodes` alive the first in rank acts at once, the others only if it does not.
+        """
         await asyncio.sleep(SETTLE_SECONDS)
         missing_since = time.monotonic()
         while True:
-            if self.find(name) is not None:
+            others = [node for node in nodes() if node.id != own_id]
+            if self.find(name) is not None or any(name in node.launching for node in others):
                 missing_since = time.monotonic()
-            elif time.monotonic() - missing_since >= rank() * RANK_SECONDS:
+            elif time.monotonic() - missing_since >= _rank(name, nodes(), own_id) * RANK_SECONDS:
                 try:
                     await self.launch(name)
                 except (ModelNameError, ModelFileError, OSError) as error:
                     log.error("%s cannot be served: %s", name, error)
                     await asyncio.sleep(RETRY_SECONDS)
             await self._changed.wait(RANK_SECONDS)
+
+
+def _rank(name: str, nodes: list[NodeRecord], own_id: str) -> int:
+    """A node's place among those that could launch a model: who holds it comes first, then the lower id."""
+    ranked = sorted((all(model.name != name for model in node.models), node.id) for node in nodes)
+    return [node_id for _, node_id in ranked].index(own_id)
 
 
 def promises(wanted: int | None, most: int) -> list[Promise]:

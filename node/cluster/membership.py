@@ -27,12 +27,16 @@ class MemberState(StrEnum):
 
 @dataclass
 class Member:
-    """One other node as this one sees it; `since` is when its state began, `heard` when it last spoke."""
+    """One other node as this one sees it; `since` is when its state began, `heard` when it last spoke.
+
+    `unlinked` says that its record is from before the last link went down.
+    """
 
     record: NodeRecord
     state: MemberState
     heard: float
     since: float
+    unlinked: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,10 +69,12 @@ class Membership:
         return self._members.get(node_id)
 
     def on_linked(self, node_id: str, now: float) -> list[MemberChange]:
-        """A link to a node is up; it becomes a member with its first record."""
+        """A link to a node is up. One that is unknown or gone becomes a member with the record that follows."""
         self._links[node_id] = self._links.get(node_id, 0) + 1
         member = self._members.get(node_id)
-        return self._revive(member, now) if member is not None else []
+        if member is None or member.state is MemberState.GONE:
+            return []
+        return self._revive(member, now)
 
     def on_unlinked(self, node_id: str, now: float) -> list[MemberChange]:
         """A link to a node is down."""
@@ -78,21 +84,28 @@ class Membership:
             return []
         self._links.pop(node_id, None)
         member = self._members.get(node_id)
-        if member is None or member.state is MemberState.GONE:
+        if member is None:
             return []
-        return self._move(member, MemberState.GONE if member.record.leaving else MemberState.SUSPECT, now)
+        member.unlinked = True
+        if member.record.leaving and member.state is not MemberState.GONE:
+            return self._move(member, MemberState.GONE, now)
+        return self._move(member, MemberState.SUSPECT, now) if member.state is MemberState.ALIVE else []
 
     def on_record(self, record: NodeRecord, now: float) -> list[MemberChange]:
-        """A node's record arrived over a link of its own. An older one than is known changes nothing."""
+        """A node's record arrived over a link of its own. An older one than is known changes nothing.
+
+        The first one after all links were down counts whatever its counter: a restarted node may have its clock, from
+        which the counter is made, set back, and nothing older can be on its way.
+        """
         member = self._members.get(record.id)
         if member is None:
             self._members[record.id] = Member(record, MemberState.ALIVE, now, now)
             return [MemberChange(record.id, MemberState.ALIVE, joined=True)]
-        newer = record.counter > member.record.counter
+        newer = record.counter > member.record.counter or member.unlinked
         if newer:
-            member.record = record
+            member.record, member.unlinked = record, False
         changes = self._revive(member, now)
-        if newer and not changes:
+        if newer and not changes and member.state is MemberState.ALIVE:
             changes = [MemberChange(record.id, member.state)]
         return changes
 

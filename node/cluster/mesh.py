@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 
 from msgspec import Struct
@@ -28,6 +29,8 @@ log = logging.getLogger("swarmd.cluster")
 TICK_SECONDS = 0.25
 HEARTBEAT_SECONDS = 1.0
 DIAL_SECONDS = 5.0
+# How long an address may keep the next one waiting, as in RFC 8305 ("happy eyeballs").
+STAGGER_SECONDS = 0.15
 
 OnChange = Callable[[Sequence[MemberChange]], None]
 
@@ -49,7 +52,7 @@ class Mesh:
         self._on_change = on_change
         self._book = DialBook(endpoint.node_id)
         self._links: dict[str, Link] = {}
-        self._dials: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._strangers: set[str] = set()
         self._limit = LogLimit()
         self._wake = asyncio.Event()
@@ -97,9 +100,9 @@ class Mesh:
 
     async def close(self) -> None:
         """Stop dialling; the endpoint closes the links."""
-        for task in self._dials:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._dials, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def on_link(self, link: Link) -> None:
         """A link with a daemon is up: introduce this node and whom it knows."""
@@ -113,7 +116,7 @@ class Mesh:
         surplus = self._surplus(link, rival)
         await link.send(Publish(self._own_record()))
         if surplus is not None:
-            asyncio.get_running_loop().create_task(surplus.close("another link with the same node is kept"))
+            self._keep(asyncio.create_task(surplus.close("another link with the same node is kept")))
             return
         gossip = self._gossip()
         for other in [link, *self._links.values()]:
@@ -200,21 +203,30 @@ class Mesh:
             self._start_dial(candidates)
 
     def _start_dial(self, candidates: list[Candidate]) -> None:
-        task = asyncio.create_task(self._race(candidates), name="dial")
-        self._dials.add(task)
-        task.add_done_callback(self._dials.discard)
+        self._keep(asyncio.create_task(self._race(candidates), name="dial"))
+
+    def _keep(self, task: asyncio.Task[None]) -> None:
+        """The event loop alone does not keep a task alive."""
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _race(self, candidates: list[Candidate]) -> None:
-        """Dial all addresses of one node at once and keep the first that answers."""
-        attempts = {asyncio.create_task(self._dial(candidate)) for candidate in candidates}
-        reason = ""
+        """Dial the addresses of one node, each a little after the one before, and keep the first that answers."""
+        waiting, attempts, reason = deque(candidates), set[asyncio.Task[str]](), ""
         try:
-            while attempts:
-                done, attempts = await asyncio.wait(attempts, return_when=asyncio.FIRST_COMPLETED)
+            while waiting or attempts:
+                if candidates[0].node_id in self._links:
+                    waiting.clear()
+                    if not attempts:
+                        return
+                if waiting:
+                    attempts.add(asyncio.create_task(self._dial(waiting.popleft())))
+                seconds = STAGGER_SECONDS if waiting else None
+                done, attempts = await asyncio.wait(attempts, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
                 reasons = [attempt.result() for attempt in done]
                 if "" in reasons:
                     return
-                reason = reason or reasons[0]
+                reason = reason or next(iter(reasons), "")
         finally:
             for attempt in attempts:
                 attempt.cancel()

@@ -6,6 +6,7 @@ epoch; whatever an earlier epoch still says is ignored.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from swarmd.partition.plan import Capacity, DoesNotFit, Plan, Promise
 
 FIRST_RETRY_SECONDS = 0.25
 LAST_RETRY_SECONDS = 15.0
+# No stage has that much to load; a report of more is wrong.
+MAX_STAGE_BYTES = 2**50
 
 
 @dataclass(frozen=True)
@@ -65,10 +68,11 @@ class OwnedInstance:
         self._costs = costs
         self._promises = tuple(promises)
         self._split = split
-        self._pending: set[int] = set()
+        self._unstarted: set[int] = set()
+        self._unwired: set[int] = set()
         self._progress: dict[int, tuple[int, int]] = {}
-        self._failures = 0
-        self._retry_at = 0.0
+        self._retry_seconds = FIRST_RETRY_SECONDS
+        self._retry_at = -math.inf
 
     @property
     def epoch(self) -> int:
@@ -82,9 +86,9 @@ class OwnedInstance:
         would be disturbed by a better plan.
         """
         there = {capacity.node for capacity in capacities}
-        lost = [stage.node for stage in self.record.stages if stage.node not in there]
+        lost = sum(1 for stage in self.record.stages if stage.node not in there)
         if lost:
-            return self._give_up(f"{len(lost)} of {len(self.record.stages)} stages lost their node", now, retry=0.0)
+            return self._plan(capacities, f"{lost} of {len(self.record.stages)} stages lost their node")
         if self.record.state is InstanceState.READY:
             return self._improve(capacities) if self._split and idle else []
         if self.record.state is InstanceState.LOADING or now < self._retry_at:
@@ -93,30 +97,31 @@ class OwnedInstance:
 
     def on_progress(self, epoch: int, index: int, done: int, total: int) -> None:
         """A stage has fetched and loaded so many bytes."""
-        if epoch == self.epoch and index < len(self.record.stages) and 0 <= done <= total:
+        known = epoch == self.epoch and 0 <= index < len(self.record.stages)
+        if known and 0 <= done <= total <= MAX_STAGE_BYTES:
             self._progress[index] = (done, total)
             sums = [sum(column) for column in zip(*self._progress.values(), strict=True)]
             self.record = replace(self.record, done_bytes=sums[0], total_bytes=sums[1])
 
     def on_started(self, epoch: int, index: int, addresses: tuple[Address, ...]) -> list[Action]:
         """A stage is loaded and accepts links; when all are, they are wired."""
-        if epoch != self.epoch or index not in self._pending:
+        if epoch != self.epoch or index not in self._unstarted:
             return []
         stages = list(self.record.stages)
         stages[index] = replace(stages[index], addresses=addresses)
         self.record = replace(self.record, stages=tuple(stages))
-        self._pending.discard(index)
-        if self._pending:
+        self._unstarted.discard(index)
+        if self._unstarted:
             return []
-        self._pending = set(range(len(stages)))
+        self._unwired = set(range(len(stages)))
         return [WireStages(epoch, self.record.stages)]
 
     def on_wired(self, epoch: int, index: int) -> list[Action]:
         """A stage is connected; when all are, the instance is ready."""
-        if epoch == self.epoch and index in self._pending:
-            self._pending.discard(index)
-            if not self._pending:
-                self._failures = 0
+        if epoch == self.epoch and index in self._unwired:
+            self._unwired.discard(index)
+            if not self._unwired:
+                self._retry_seconds = FIRST_RETRY_SECONDS
                 self.record = replace(self.record, state=InstanceState.READY, reason="")
         return []
 
@@ -124,26 +129,26 @@ class OwnedInstance:
         """A stage failed to start, or ended, or lost a neighbour: the epoch is over."""
         if epoch != self.epoch or not self.record.stages:
             return []
-        self._failures += 1
-        delay = min(FIRST_RETRY_SECONDS * 2 ** (self._failures - 1), LAST_RETRY_SECONDS)
-        return self._give_up(reason, now, retry=delay)
+        actions = self.stop()
+        self._retry_at = now + self._retry_seconds
+        self._retry_seconds = min(2 * self._retry_seconds, LAST_RETRY_SECONDS)
+        self._wait(reason)
+        return actions
 
     def stop(self) -> list[Action]:
         """The owner lets the instance go."""
-        nodes = tuple(dict.fromkeys(stage.node for stage in self.record.stages))
+        return self._stop_all_but(frozenset())
+
+    def _stop_all_but(self, kept: frozenset[str]) -> list[Action]:
+        nodes = tuple(dict.fromkeys(stage.node for stage in self.record.stages if stage.node not in kept))
         return [StopStages(self.epoch, nodes)] if nodes else []
 
-    def _give_up(self, reason: str, now: float, *, retry: float) -> list[Action]:
-        actions = self.stop()
-        self._retry_at = now + retry
-        self._clear(InstanceState.WAITING, reason)
-        return actions
-
-    def _clear(self, state: InstanceState, reason: str) -> None:
-        self._pending, self._progress = set(), {}
+    def _wait(self, reason: str) -> None:
+        """Nothing runs, for this reason."""
+        self._unstarted, self._unwired, self._progress = set(), set(), {}
         self.record = replace(
             self.record,
-            state=state,
+            state=InstanceState.WAITING,
             reason=reason[:512],
             stages=(),
             explanation=(),
@@ -151,14 +156,16 @@ class OwnedInstance:
             total_bytes=0,
         )
 
-    def _plan(self, capacities: Sequence[Capacity]) -> list[Action]:
+    def _plan(self, capacities: Sequence[Capacity], reason: str = "") -> list[Action]:
+        """Start over with who is there, or wait until they suffice."""
         try:
             made = plan(self._costs, self._promises, capacities, split=self._split)
         except DoesNotFit as error:
-            if self.record.reason != str(error):
-                self._clear(InstanceState.WAITING, str(error))
-            return []
-        return self._adopt(made)
+            actions = self.stop()
+            if self.record.stages or self.record.reason != str(error)[:512]:
+                self._wait(str(error))
+            return actions
+        return self._adopt(made, reason)
 
     def _improve(self, capacities: Sequence[Capacity]) -> list[Action]:
         """Asked to split, use nodes that came after the present plan was made."""
@@ -168,22 +175,24 @@ class OwnedInstance:
             return []
         if len(made.stages) <= len(self.record.stages):
             return []
-        return [*self.stop(), *self._adopt(made)]
+        return self._adopt(made, "more nodes have come")
 
-    def _adopt(self, made: Plan) -> list[Action]:
-        self._pending, self._progress = set(range(len(made.stages))), {}
+    def _adopt(self, made: Plan, reason: str) -> list[Action]:
+        """Put a plan in the place of the present one. Nodes that stay replace their stages themselves."""
+        stop = self._stop_all_but(frozenset(stage.node for stage in made.stages))
+        self._unstarted, self._unwired, self._progress = set(range(len(made.stages))), set(), {}
         self.record = replace(
             self.record,
             model=replace(self.record.model, context=made.promise.context),
             state=InstanceState.LOADING,
             epoch=self.epoch + 1,
-            reason="",
+            reason=reason[:512],
             stages=tuple(StageRecord(s.node, s.device, s.start, s.end, s.bytes) for s in made.stages),
             explanation=tuple(line[:512] for line in made.explanation[:64]),
             done_bytes=0,
             total_bytes=0,
         )
-        return [StartStages(self.epoch, made)]
+        return [*stop, StartStages(self.epoch, made)]
 
 
 def winner(claims: Sequence[tuple[str, InstanceRecord]]) -> tuple[str, InstanceRecord]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from msgspec import Struct
@@ -28,6 +29,9 @@ from swarmd.node.serving.stage_host import StageHost
 from swarmd.transport.link import LinkClosed, RemoteError
 
 log = logging.getLogger("swarmd.stages")
+
+# An owner that is lost has a successor long before.
+UNOWNED_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class StageOrders:
         self._deliver = deliver
         self._sources: dict[tuple[str, int], _Source] = {}
         self._starting: dict[str, asyncio.Task[StageStarted]] = {}
+        self._unowned: dict[str, float] = {}
         self.host: StageHost | None = None
 
     async def carry_out(self, owner: str, order: Struct) -> Struct:
@@ -88,9 +93,19 @@ class StageOrders:
         if source is not None:
             self._tell_progress(source, job.instance, job.epoch, total + done, 2 * total)
 
-    async def prune(self, instance: str, epoch: int) -> None:
-        """End this node's stage of an instance that has moved on to epoch `epoch` without it."""
-        await self._stop(instance, epoch - 1)
+    async def prune(self, epochs: Mapping[str, int]) -> None:
+        """End this node's stages that nobody orders any more: their instance has moved on to a later one of `epochs`
+        (instance id -> epoch) without this node, or has had no owner for long."""
+        assert self.host is not None
+        now = time.monotonic()
+        self._unowned = {job.instance: self._unowned.get(job.instance, now) for job in self.host.jobs}
+        for job in self.host.jobs:
+            epoch = epochs.get(job.instance)
+            if epoch is not None:
+                self._unowned[job.instance] = now
+            if job.epoch < (epoch or 0) or now - self._unowned[job.instance] > UNOWNED_SECONDS:
+                log.info("stage of %s, epoch %d, is no longer wanted", job.instance, job.epoch)
+                await self._stop(job.instance, job.epoch)
 
     async def _start(self, owner: str, order: StartStage) -> StageStarted:
         """An order replaces the one before it, also while that one is still fetching."""

@@ -192,19 +192,17 @@ class GGUFFile:
         for info in infos:
             if info.name in placed:
                 raise ModelFileError(
-                    f"{self.path.name} is damaged: two tensors are named {info.name!r}; download it again"
+                    f"{self.path.name} is damaged: two tensors are named {info.name!r}; fetch it again"
                 )
             if info.offset % self.alignment:
-                raise ModelFileError(
-                    f"{self.path.name} is damaged: tensor {info.name!r} is misaligned; download it again"
-                )
+                raise ModelFileError(f"{self.path.name} is damaged: tensor {info.name!r} is misaligned; fetch it again")
             start = self.header_bytes + info.offset
             placed[info.name] = TensorInfo(info.name, info.type, info.shape, start, info.nbytes)
         ordered = sorted(placed.values(), key=lambda info: info.offset)
         for before, after in pairwise(ordered):
             if before.offset + before.nbytes > after.offset:
                 raise ModelFileError(
-                    f"{self.path.name} is damaged: tensors {before.name!r} and {after.name!r} overlap; download it again"
+                    f"{self.path.name} is damaged: tensors {before.name!r} and {after.name!r} overlap; fetch it again"
                 )
         if ordered and (missing := ordered[-1].offset + ordered[-1].nbytes - self.size) > 0:
             raise ModelFileError(

@@ -51,8 +51,8 @@ class Driver:
         )
 
     async def run(self) -> None:
-        """Plan and send steps for as long as the pipeline lives."""
-        while True:
+        """Plan and send steps for as long as the pipeline lives; returns after `fail`."""
+        while self._failure is None:
             self._wake.clear()
             while (step := self._scheduler.next_step()) is not None:
                 await self._run_step(step)
@@ -78,7 +78,7 @@ class Driver:
             self._wake.set()
 
     def on_sampled(self, message: Sampled) -> None:
-        """The last stage's answer to a step. Raises ValueError for a step that is not in flight."""
+        """The last stage's answer to a step. Raises ValueError for one that was not asked for."""
         for progress in self._scheduler.on_sampled(message.step, message.choices):
             self._deliver(progress)
         self._wake.set()
@@ -96,6 +96,7 @@ class Driver:
             self._failure = RemoteError(code, reason)
             for request in self._requests.values():
                 request.outcomes.put_nowait(self._failure)
+            self._wake.set()
 
     def _submit(self, request: Generate) -> _Request:
         if self._failure is not None:
@@ -126,4 +127,4 @@ class Driver:
             choice = progress.choice
             request.outcomes.put_nowait(Token(choice.token, choice.logprob, choice.top))
         if progress.finish is not None:
-            request.outcomes.put_nowait(Finished("stop" if progress.finish == "stop" else "length"))
+            request.outcomes.put_nowait(Finished(progress.finish))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 
 from msgspec.structs import replace
 
 from swarmd.discovery.records import InstanceRecord, InstanceState
 from swarmd.node.cluster.signal import Signal
+from swarmd.node.models.catalog import ModelNameError, is_path
 from swarmd.node.models.errors import ModelFileError
 from swarmd.node.models.front import ModelFront
 from swarmd.node.serving.generation import Ending, GenerationError, GenerationRequest, Piece
@@ -29,6 +31,7 @@ _LOST_CODES = frozenset({"stage_lost", "stale_epoch", "not_driver", "unreachable
 FindInstance = Callable[[str], InstanceRecord | None]
 DriverLink = Callable[[InstanceRecord], Awaitable[Link]]
 LoadFront = Callable[[InstanceRecord], Awaitable[ModelFront]]
+Launch = Callable[[str], Awaitable[object]]
 
 
 @dataclass
@@ -45,18 +48,29 @@ class Prepared:
 class Gateway:
     """Turns requests into streams of text.
 
-    `find` gives the instance that serves a model name, `driver_link` a link to its driver (RemoteError `unreachable`),
-    `load_front` its tokenizer and template; `changed` fires when the swarm's state has.
+    `find` gives the instance that serves a model name, `launch` starts one for a model that can be had by name
+    (ModelNameError, ModelFileError, OSError when it cannot), `driver_link` is a link to its driver (RemoteError
+    `unreachable`), `load_front` its tokenizer and template; `changed` fires when the swarm's state has.
     """
 
-    def __init__(self, find: FindInstance, driver_link: DriverLink, load_front: LoadFront, changed: Signal) -> None:
+    def __init__(
+        self,
+        find: FindInstance,
+        launch: Launch,
+        driver_link: DriverLink,
+        load_front: LoadFront,
+        changed: Signal,
+    ) -> None:
         self._find = find
+        self._launch = launch
         self._driver_link = driver_link
         self._load_front = load_front
         self._changed = changed
 
     async def prepare(self, request: GenerationRequest) -> Prepared:
         """Check a request against its model. Raises GenerationError; nothing is computed yet."""
+        if self._find(request.model) is None:
+            await self._start(request.model)
         record = await self._ready(request.model, 0, READY_SECONDS)
         try:
             front = await self._load_front(record)
@@ -79,7 +93,7 @@ class Gateway:
         max_tokens = room if request.max_tokens is None else min(request.max_tokens, room)
         return Prepared(request, record, front, prompt, max_tokens)
 
-    async def stream(self, prepared: Prepared) -> AsyncIterator[Piece | Ending]:
+    async def stream(self, prepared: Prepared) -> AsyncGenerator[Piece | Ending]:
         """The answer, ended by Ending.
 
         When the driver or a stage is lost, the prompt and the tokens so far are replayed in the next epoch and the
@@ -89,9 +103,10 @@ class Gateway:
         record, lost_at = prepared.record, 0.0
         while True:
             try:
-                async for piece in self._attempt(prepared, record, text):
-                    lost_at = 0.0
-                    yield piece
+                async with aclosing(self._attempt(prepared, record, text)) as pieces:
+                    async for piece in pieces:
+                        lost_at = 0.0
+                        yield piece
                 return
             except (LinkClosed, RemoteError) as error:
                 reason = _lost_or_raise(error)
@@ -101,7 +116,7 @@ class Gateway:
 
     async def _attempt(
         self, prepared: Prepared, record: InstanceRecord, text: TextStream
-    ) -> AsyncIterator[Piece | Ending]:
+    ) -> AsyncGenerator[Piece | Ending]:
         """Stream from one driver; raises LinkClosed or RemoteError when it is lost."""
         n_prompt, left = len(prepared.prompt), prepared.max_tokens - len(text.tokens)
         if left <= 0:
@@ -131,13 +146,22 @@ class Gateway:
                     return
         raise LinkClosed("the driver ended the stream early")
 
+    async def _start(self, model: str) -> None:
+        """The first request for a model starts it. Paths are for the command line: a client names models."""
+        try:
+            if is_path(model):
+                raise ModelNameError(f"no instance of model {model!r} runs in this swarm")
+            await self._launch(model)
+        except ModelNameError as error:
+            raise GenerationError("model_not_found", str(error), param="model") from error
+        except (ModelFileError, OSError) as error:
+            raise GenerationError("model_loading", str(error), retry_after=30) from error
+
     async def _ready(self, model: str, above_epoch: int, seconds: float) -> InstanceRecord:
         """The instance of a model, ready, in an epoch above `above_epoch`; waits for one that is on its way."""
         deadline = time.monotonic() + seconds
         while True:
             record = self._find(model)
-            if record is None and not above_epoch:
-                raise GenerationError("model_not_found", f"no instance of model {model!r} runs in this swarm")
             if record is not None and record.state is InstanceState.READY and record.epoch > above_epoch:
                 return record
             if record is not None and record.state is InstanceState.WAITING and "missing" in record.reason:

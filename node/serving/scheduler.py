@@ -1,13 +1,15 @@
 """Continuous batching over a pipeline: which tokens go into the next step. Pure: no clock, no I/O, no tensors.
 
 As many steps are in flight as there are stages, so that every stage has work; each takes its share of the sequences
-that decode, and the rest of its token budget is filled with prefill, so that a long prompt never holds up who is talking.
+that decode, and the rest of its token budget is filled with prefill, so that a long prompt never holds up who is
+talking.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from typing import Literal
 
 from swarmd.node.serving.messages import Chunk, Opening, TokenChoice
 from swarmd.node.serving.sequences import Phase, Sequence
@@ -15,7 +17,11 @@ from swarmd.node.serving.sequences import Phase, Sequence
 
 @dataclass(frozen=True)
 class Limits:
-    """`step_tokens` is one step's token budget; `growth` is the KV room kept for a sequence's next tokens."""
+    """`step_tokens` is one step's token budget; `growth` is the KV room kept for a sequence's next tokens.
+
+    Raises ValueError unless a step has room for a token of everybody who runs and one more, so that prefill always
+    gets on.
+    """
 
     n_stages: int
     kv_tokens: int
@@ -24,6 +30,15 @@ class Limits:
     growth: int = 32
     max_running: int = 64
     max_waiting: int = 256
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_running < self.step_tokens or self.growth < 1:
+            raise ValueError(f"limits do not fit together: {self}")
+
+    @property
+    def room(self) -> int:
+        """The most tokens that one sequence can have."""
+        return min(self.context, self.kv_tokens)
 
 
 class QueueFull(Exception):
@@ -46,7 +61,7 @@ class Progress:
 
     seq: int
     choice: TokenChoice | None
-    finish: str | None = None
+    finish: Literal["stop", "length"] | None = None
 
 
 class Scheduler:
@@ -55,9 +70,10 @@ class Scheduler:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._waiting: deque[Sequence] = deque()
+        # In the order of their pipeline ids: the youngest is the last.
         self._running: list[Sequence] = []
         self._by_pipeline: dict[int, Sequence] = {}
-        self._in_flight: dict[int, tuple[Chunk, ...]] = {}
+        self._in_flight: dict[int, PlannedStep] = {}
         self._to_free: list[int] = []
         self._next_step = 0
         self._next_pipeline_id = 0
@@ -77,16 +93,13 @@ class Scheduler:
         """KV room reserved, in tokens."""
         return sum(sequence.kv_reserved for sequence in self._running)
 
-    @property
-    def idle(self) -> bool:
-        """Whether nothing is in flight and nothing is to be done."""
-        return not (self._in_flight or self._waiting or self._running or self._to_free)
-
     def submit(self, sequence: Sequence) -> None:
-        """Take a sequence. Raises QueueFull, or ValueError when it could never fit."""
-        room = min(self._limits.context, self._limits.kv_tokens)
-        if not sequence.tokens or len(sequence.tokens) >= room:
+        """Take a sequence. Raises QueueFull, or ValueError when it could never get a token."""
+        room = self._limits.room
+        if not 0 < len(sequence.tokens) < room:
             raise ValueError(f"{len(sequence.tokens)} tokens leave no room in a context of {room}")
+        if sequence.max_tokens < 1:
+            raise ValueError(f"{sequence.max_tokens} tokens were asked for; ask for 1 or more")
         if len(self._waiting) >= self._limits.max_waiting:
             raise QueueFull
         self._waiting.append(sequence)
@@ -103,45 +116,60 @@ class Scheduler:
         """The next step, or None when the pipeline is full or nothing is ready."""
         if len(self._in_flight) >= self._limits.n_stages:
             return None
+        # Who is talking takes the KV room that it needs before anybody new is let in: nothing is opened only to be
+        # put back in the same step, whose frees come first.
+        chunks = self._decode_chunks()
         opened = self._admit()
-        chunks = [*self._decode_chunks()]
         chunks += self._prefill_chunks(self._limits.step_tokens - len(chunks))
         if not (chunks or opened or self._to_free):
             return None
         step = PlannedStep(self._next_step, tuple(opened), tuple(chunks), tuple(self._to_free))
         self._to_free.clear()
         self._next_step += 1
-        self._in_flight[step.step] = step.chunks
+        self._in_flight[step.step] = step
         return step
 
     def on_sampled(self, step: int, choices: tuple[TokenChoice, ...]) -> list[Progress]:
-        """A step came back from the last stage."""
-        if self._in_flight.pop(step, None) is None:
+        """A step came back from the last stage.
+
+        Raises ValueError when it is not in flight, or is not answered by one token for each that it asked for.
+        """
+        planned = self._in_flight.pop(step, None)
+        if planned is None:
             raise ValueError(f"step {step} is not in flight")
-        progress = []
-        for choice in choices:
-            sequence = self._by_pipeline.get(choice.seq)
-            if sequence is not None:
-                progress.append(self._take(sequence, choice))
-        return progress
+        asked = sorted((chunk.seq, chunk.start + len(chunk.tokens)) for chunk in planned.chunks if chunk.sample)
+        if sorted((choice.seq, choice.position) for choice in choices) != asked:
+            raise ValueError(f"step {step} was answered for other positions than it asked for")
+        # Who was cancelled or put back meanwhile is not there any more: its sample comes too late.
+        present = [choice for choice in choices if choice.seq in self._by_pipeline]
+        return [self._take(self._by_pipeline[choice.seq], choice) for choice in present]
 
     def on_failed(self, step: int) -> list[Sequence]:
-        """A step could not be run: its sequences are ended, and returned."""
-        chunks = self._in_flight.pop(step, ())
-        failed = [self._by_pipeline[c.seq] for c in chunks if c.seq in self._by_pipeline]
+        """A stage could not run a step: its sequences are ended, and returned.
+
+        The stages behind that one never saw the step: what it freed is freed again, what it only opened begins anew.
+        """
+        planned = self._in_flight.pop(step, None)
+        if planned is None:
+            return []
+        failed = [self._by_pipeline[chunk.seq] for chunk in planned.chunks if chunk.seq in self._by_pipeline]
         for sequence in failed:
             self.cancel(sequence)
+        for opening in reversed(planned.open):
+            if opening.seq in self._by_pipeline:
+                self._put_back(self._by_pipeline[opening.seq])
+        self._to_free += planned.free
         return failed
 
     def _admit(self) -> list[Opening]:
         opened = []
         while self._waiting and len(self._running) < self._limits.max_running:
             sequence = self._waiting[0]
-            need = self._reserve_for(sequence)
+            need = min(len(sequence.tokens) + self._limits.growth, self._limits.room)
             if self.kv_tokens_used + need > self._limits.kv_tokens:
                 break
             self._waiting.popleft()
-            sequence.phase, sequence.kv_reserved = Phase.RUNNING, need
+            sequence.phase, sequence.kv_reserved, sequence.prefix = Phase.RUNNING, need, len(sequence.tokens)
             sequence.pipeline_id = self._next_pipeline_id
             self._next_pipeline_id += 1
             self._running.append(sequence)
@@ -149,59 +177,47 @@ class Scheduler:
             opened.append(Opening(sequence.pipeline_id, sequence.sampling))
         return opened
 
-    def _reserve_for(self, sequence: Sequence) -> int:
-        return min(len(sequence.tokens) + self._limits.growth, self._limits.context, self._limits.kv_tokens)
-
     def _decode_chunks(self) -> list[Chunk]:
-        decoding = sum(1 for sequence in self._running if not sequence.prefilling)
-        share = min(-(-decoding // self._limits.n_stages), self._limits.step_tokens)
-        ready = [sequence for sequence in self._running if sequence.can_decode]
-        chunks: list[Chunk] = []
-        for sequence in ready[:share]:
-            if sequence.phase is Phase.RUNNING and self._grow(sequence):
-                chunks.append(self._send(sequence, 1))
-        self._rotate(ready[:share])
-        return [chunk for chunk in chunks if chunk.seq in self._by_pipeline]
+        """The next share of those who decode, oldest first.
 
-    def _rotate(self, served: list[Sequence]) -> None:
-        """Who was served goes behind who was not, so that nobody waits for ever."""
-        served_ids = {sequence.pipeline_id for sequence in served}
-        self._running.sort(key=lambda sequence: sequence.pipeline_id in served_ids)
+        Nobody waits for long: who is served is in flight until `n_stages` steps later, and so many shares cover all.
+        """
+        decoding = [sequence for sequence in self._running if not sequence.prefilling]
+        share = -(-len(decoding) // self._limits.n_stages)
+        turn = [sequence for sequence in decoding if sequence.can_decode][:share]
+        for sequence in turn:
+            self._grow(sequence)
+        return [self._send(sequence, 1) for sequence in turn if sequence.phase is Phase.RUNNING]
 
     def _prefill_chunks(self, budget: int) -> list[Chunk]:
         chunks: list[Chunk] = []
         for sequence in self._running:
             if budget <= 0:
                 break
-            if sequence.can_prefill:
-                count = min(budget, sequence.unsent)
+            if sequence.prefilling:
+                count = min(budget, sequence.prefix - sequence.sent)
                 chunks.append(self._send(sequence, count))
                 budget -= count
         return chunks
 
     def _send(self, sequence: Sequence, count: int) -> Chunk:
         start, sequence.sent = sequence.sent, sequence.sent + count
-        sequence.awaiting_sample = sequence.unsent == 0
         tokens = tuple(sequence.tokens[start : sequence.sent])
-        return Chunk(sequence.pipeline_id, start, tokens, sequence.awaiting_sample)
+        return Chunk(sequence.pipeline_id, start, tokens, sequence.sent == len(sequence.tokens))
 
-    def _grow(self, sequence: Sequence) -> bool:
+    def _grow(self, sequence: Sequence) -> None:
         """Make sure that the newest token has KV room, putting the youngest sequences back if it must."""
-        while len(sequence.tokens) > sequence.kv_reserved:
-            step = min(self._limits.growth, self._limits.context - sequence.kv_reserved)
-            if self.kv_tokens_used + step <= self._limits.kv_tokens:
-                sequence.kv_reserved += step
-                continue
-            youngest = max(self._running, key=lambda other: other.pipeline_id)
-            self._put_back(youngest)
-            if youngest is sequence:
-                return False
-        return True
+        while sequence.phase is Phase.RUNNING and len(sequence.tokens) > sequence.kv_reserved:
+            free = self._limits.kv_tokens - self.kv_tokens_used
+            if free > 0:
+                sequence.kv_reserved += min(free, self._limits.growth, self._limits.context - sequence.kv_reserved)
+            else:
+                self._put_back(self._running[-1])
 
     def _put_back(self, sequence: Sequence) -> None:
         """Give up a sequence's KV; it will be replayed from its tokens when there is room again."""
         self._release(sequence)
-        sequence.phase, sequence.sent, sequence.awaiting_sample = Phase.WAITING, 0, False
+        sequence.phase, sequence.sent = Phase.WAITING, 0
         self._waiting.appendleft(sequence)
 
     def _release(self, sequence: Sequence) -> None:
@@ -211,14 +227,12 @@ class Scheduler:
         sequence.kv_reserved = 0
 
     def _take(self, sequence: Sequence, choice: TokenChoice) -> Progress:
-        sequence.awaiting_sample = False
         if choice.token in sequence.stop_tokens:
             self.cancel(sequence)
             return Progress(sequence.seq, None, "stop")
         sequence.tokens.append(choice.token)
         sequence.generated += 1
-        full = len(sequence.tokens) >= min(self._limits.context, self._limits.kv_tokens)
-        if sequence.generated >= sequence.max_tokens or full:
+        if sequence.generated >= sequence.max_tokens or len(sequence.tokens) >= self._limits.room:
             self.cancel(sequence)
             return Progress(sequence.seq, choice, "length")
         return Progress(sequence.seq, choice)

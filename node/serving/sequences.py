@@ -16,11 +16,11 @@ class Phase(Enum):
     DONE = auto()
 
 
-@dataclass
+@dataclass(eq=False)
 class Sequence:
     """`tokens` is prompt and output so far; the first `sent` of them are in the pipeline or in the stages' KV caches.
 
-    `max_tokens` is how many may still be generated when it is submitted; `reported` counts what was.
+    `max_tokens` is how many may still be generated when it is submitted; `generated` counts those that were since.
     """
 
     seq: int
@@ -30,28 +30,19 @@ class Sequence:
     stop_tokens: frozenset[int]
     phase: Phase = Phase.WAITING
     sent: int = 0
-    awaiting_sample: bool = False
+    # How many tokens there were when it began, or began again: so many are prefill, the others decode.
+    prefix: int = 0
     generated: int = 0
     kv_reserved: int = 0
     # A sequence that was put back runs again under a new id, so that late samples of the old one are told apart.
     pipeline_id: int = field(default=-1)
 
     @property
-    def unsent(self) -> int:
-        """Tokens that the stages have not been given yet."""
-        return len(self.tokens) - self.sent
-
-    @property
     def prefilling(self) -> bool:
-        """Whether more than the newest token is still to be sent."""
-        return self.phase is Phase.RUNNING and self.unsent > 1
+        """Whether some of its prefix is still to be sent; its chunks may follow each other without waiting."""
+        return self.phase is Phase.RUNNING and self.sent < self.prefix
 
     @property
     def can_decode(self) -> bool:
-        """Whether exactly the newest token is to be sent and nothing is awaited."""
-        return self.phase is Phase.RUNNING and self.unsent == 1 and not self.awaiting_sample
-
-    @property
-    def can_prefill(self) -> bool:
-        """Whether a chunk of prompt may go; chunks may follow each other through the stages without waiting."""
-        return self.prefilling and not self.awaiting_sample
+        """Whether the newest token was sampled and is to be sent. When all are sent, a sample is awaited."""
+        return self.phase is Phase.RUNNING and self.prefix <= self.sent < len(self.tokens)

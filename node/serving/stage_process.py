@@ -115,12 +115,12 @@ class StageProcess:
         self._job = job
         loop = asyncio.get_running_loop()
         try:
-            self._engine = await loop.run_in_executor(self._compute, self._load_engine, job, loop)
+            engine = await loop.run_in_executor(self._compute, self._load_engine, job, loop)
         except Exception as error:
             log.exception("layers %d to %d could not be loaded", job.start, job.end - 1)
             raise RemoteError("load_failed", f"{type(error).__name__}: {error}") from error
-        port = await self._endpoint.listen(None, 0)
-        return EngineLoaded(port, self._engine.weight_bytes)
+        self._engine = engine
+        return EngineLoaded(await self._endpoint.listen(None, 0), engine.weight_bytes)
 
     def _load_engine(self, job: LoadEngine, loop: asyncio.AbstractEventLoop) -> StageEngine:
         def report(done: int, total: int) -> None:

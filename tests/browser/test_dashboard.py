@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 import pytest
+from support.browser import NEEDS_BROWSER, STATIC, new_page
 from support.fake_api import FakeApi
 from support.swarm_states import lone_node, replanned_without_kitchen, two_stages
-
-from swarmd.dashboard.assets import static_dir
 
 if TYPE_CHECKING:
     from playwright.async_api import Page
@@ -19,24 +17,7 @@ if TYPE_CHECKING:
 playwright = pytest.importorskip("playwright.async_api", reason="the browser tests need the package playwright")
 expect = playwright.expect
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-STATIC = static_dir()
-FLAGS = [
-    "--no-sandbox",
-    "--headless",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine"),
-    pytest.mark.skipif(STATIC is None, reason="the web page was not built: pip install -e ."),
-]
+pytestmark = NEEDS_BROWSER
 
 
 @pytest.fixture
@@ -50,11 +31,7 @@ async def api() -> AsyncIterator[FakeApi]:
 async def page(api: FakeApi) -> AsyncIterator[Page]:
     """A page that has not yet gone anywhere."""
     async with playwright.async_playwright() as driver:
-        browser = await driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = await browser.new_page(viewport={"width": 1280, "height": 900}, reduced_motion="reduce")
-        page.set_default_timeout(10_000)
-        yield page
-        await browser.close()
+        yield await new_page(driver)
 
 
 @pytest.fixture

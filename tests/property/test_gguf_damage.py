@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.tiny_gguf import TinyModel, write_tiny_gguf
 
 from swarmd.node.models.gguf import GGUFFile, ModelFileError
-from tests.support.tiny_gguf import TinyModel, write_tiny_gguf
 
 # The honest header takes about 0.3 MB of Python objects; no damage may make it more than a few times that.
 MEMORY_BOUND = 8 << 20

@@ -8,9 +8,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
+from support.tiny_gguf import TinyModel
 from transformers import LlamaConfig, LlamaForCausalLM
-
-from tests.support.tiny_gguf import TinyModel
 
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -44,7 +43,7 @@ def tiny_oracle(model: TinyModel) -> LlamaForCausalLM:
     )
     oracle = _build(config, tensors)
     if (factors := tensors.get("rope_freqs")) is not None:
-        oracle.model.rotary_emb.inv_freq /= torch.from_numpy(factors)
+        oracle.model.rotary_emb.get_buffer("inv_freq").div_(torch.from_numpy(factors))
     return oracle
 
 

@@ -1,4 +1,7 @@
-"""Network namespaces joined by a bridge: several machines on one. Needs root and iproute2; everything is deleted after use."""
+"""Network namespaces joined by a bridge: several machines on one.
+
+Needs root and iproute2; everything is deleted after use.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,16 @@ T = TypeVar("T")
 
 _CLONE_NEWNET = 0x40000000
 
+_NO_MULTICAST = """
+table inet no_multicast {
+  chain arriving {
+    type filter hook input priority 0;
+    icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept
+    meta pkttype { multicast, broadcast } drop
+  }
+}
+"""
+
 
 def why_unavailable() -> str | None:
     """Why namespaces cannot be used here, or None."""
@@ -29,11 +42,12 @@ def why_unavailable() -> str | None:
     return None if made.returncode == 0 else f"ip netns does not work here: {made.stderr.strip()}"
 
 
-def ip(*arguments: str) -> None:
-    """Run `ip` and raise with its words when it fails."""
+def ip(*arguments: str) -> str:
+    """What `ip` prints; raises with its words when it fails."""
     done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
+    return done.stdout
 
 
 class Lan:
@@ -65,16 +79,18 @@ class Lan:
         """The IPv4 address of a namespace."""
         return f"{self.subnet}.{index + 1}"
 
+    def addresses(self, index: int) -> set[str]:
+        """All addresses of a namespace, IPv6 ones among them."""
+        told = ip("-n", self.names[index], "-brief", "address", "show", "dev", "eth0")
+        return {word.partition("/")[0] for word in told.split() if "/" in word}
+
     def drop_multicast(self) -> None:
-        """No multicast or broadcast enters or leaves any namespace. Needs nftables."""
-        rules = "table inet swarmd_test { chain c%d { type filter hook %s priority 0; meta pkttype { multicast, broadcast } drop; } }"
-        addressed = (
-            "table inet swarmd_out { chain c { type filter hook output priority 0; ip daddr 224.0.0.0/4 drop; "
-            "ip6 daddr ff00::/8 udp dport 5353 drop; } }"
-        )
+        """No multicast reaches a namespace, as on guest networks that isolate their clients. Needs nftables.
+
+        Only neighbour discovery goes on, without which there is no IPv6.
+        """
         for name in self.names:
-            for text in (rules % (1, "input"), addressed):
-                subprocess.run(["ip", "netns", "exec", name, "nft", "-f", "-"], input=text, text=True, check=True)
+            subprocess.run(["ip", "netns", "exec", name, "nft", "-f", "-"], input=_NO_MULTICAST, text=True, check=True)
 
     def _add(self, index: int, name: str) -> None:
         outer = f"sw{self.tag}v{index}"

@@ -1,4 +1,4 @@
-"""Small random Llama models as complete GGUF files (weights, tokenizer, chat template), written by the `gguf` package."""
+"""Small random Llama models as complete GGUF files, with tokenizer and chat template, written by `gguf`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
-
-from tests.support.tiny_tokenizers import byte_level_metadata
+from support.tiny_tokenizers import byte_level_metadata
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -22,7 +21,7 @@ VOCAB_SIZE = len(byte_level_metadata()["tokenizer.ggml.tokens"])
 
 @dataclass(frozen=True)
 class TinyModel:
-    """The shape of a random model. `types` overrides `type` for tensors whose name ends in the key (without ".weight")."""
+    """A random model's shape. `types` overrides `type` for tensors whose name, without ".weight", ends in the key."""
 
     n_layers: int = 4
     hidden_size: int = 64

@@ -1,0 +1,224 @@
+"""The driver with a pipeline of fake stages: every request gets its tokens, whatever the others do."""
+
+import asyncio
+import contextlib
+from contextlib import aclosing, asynccontextmanager
+
+import pytest
+from support.fake_pipeline import FakePipeline, solo_run
+
+from swarmd.node.cluster.signal import Signal
+from swarmd.node.engine.sampling_params import SamplingParams
+from swarmd.node.serving.driver import Driver
+from swarmd.node.serving.messages import Finished, Generate, Sampled, StepFailed, Token
+from swarmd.node.serving.scheduler import Limits, PlannedStep
+from swarmd.transport.link import RemoteError
+
+LIMITS = Limits(n_stages=2, kv_tokens=200, context=60, step_tokens=16, growth=4, max_running=8, max_waiting=4)
+
+
+class Ring:
+    """A driver and its pipeline. While `held`, steps wait before the first stage."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.pipeline = FakePipeline(limits.n_stages, limits.kv_tokens)
+        self.driver = Driver("instance", limits, self.run_step)
+        self.moved = Signal()
+        self.held = False
+
+    async def run_step(self, step: PlannedStep) -> None:
+        self.pipeline.begin(step)
+        asyncio.get_running_loop().call_soon(self.turn)
+
+    def turn(self) -> None:
+        """Every step that was begun runs, and its answer comes back."""
+        if not self.held:
+            self.pipeline.flush()
+            while self.pipeline.answers:
+                message = self.pipeline.answers.popleft()
+                if isinstance(message, Sampled):
+                    self.driver.on_sampled(message)
+                else:
+                    self.driver.on_step_failed(message)
+        self.moved.notify()
+
+    def release(self) -> None:
+        self.held = False
+        self.turn()
+
+    async def until(self, condition) -> None:
+        async with asyncio.timeout(5):
+            while not condition():
+                await self.moved.wait()
+
+    @property
+    def cached(self) -> int:
+        return sum(len(stage.kv) for stage in self.pipeline.stages)
+
+
+@asynccontextmanager
+async def running(limits=LIMITS):
+    ring = Ring(limits)
+    task = asyncio.create_task(ring.driver.run())
+    try:
+        yield ring
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+def request(prompt, max_tokens=10, stop=()):
+    return Generate("instance", 1, tuple(prompt), SamplingParams(), max_tokens, tuple(stop))
+
+
+async def collect(ring, order):
+    """The token ids of a request and how it ended."""
+    items = [item async for item in ring.driver.generate(order)]
+    assert all(isinstance(item, Token) for item in items[:-1])
+    assert isinstance(items[-1], Finished), "Finished comes once, at the end"
+    return [item.token for item in items[:-1]], items[-1].reason
+
+
+async def drain(stream, into):
+    async for item in stream:
+        into.append(item.token)
+
+
+async def test_a_request_gets_its_tokens_and_an_end():
+    async with running() as ring:
+        assert await collect(ring, request([1, 2, 3])) == (solo_run([1, 2, 3], 2, 10), "length")
+
+
+async def test_a_stop_token_ends_a_request_and_is_not_sent():
+    expected = solo_run([1, 2, 3], 2, 10)
+    stop = expected[4]
+    async with running() as ring:
+        tokens, reason = await collect(ring, request([1, 2, 3], stop=[stop]))
+    assert (tokens, reason) == (expected[: expected.index(stop)], "stop")
+
+
+@pytest.mark.parametrize("n_stages", [1, 2, 3])
+async def test_concurrent_requests_each_equal_their_solo_run(n_stages):
+    limits = Limits(n_stages=n_stages, kv_tokens=100, context=60, step_tokens=16, growth=4, max_running=8)
+    prompts = [list(range(index, 3 * index + 2)) for index in range(12)]
+    async with running(limits) as ring:
+        answers = await asyncio.gather(*(collect(ring, request(prompt, 12)) for prompt in prompts))
+        await ring.until(lambda: not ring.cached)
+    assert answers == [(solo_run(prompt, n_stages, 12), "length") for prompt in prompts]
+
+
+async def test_a_replay_goes_on_where_the_stream_broke_off():
+    """What the next epoch's driver is given after a loss: the prompt and the tokens so far."""
+    expected = solo_run([1, 2, 3], 2, 10)
+    async with running() as ring:
+        tokens, _ = await collect(ring, request([1, 2, 3, *expected[:4]], 6))
+    assert tokens == expected[4:]
+
+
+async def test_leaving_early_frees_every_stage_and_disturbs_nobody():
+    async with running() as ring:
+        other = asyncio.create_task(collect(ring, request([4, 5], 40)))
+        async with aclosing(ring.driver.generate(request([1, 2, 3], 50))) as tokens:
+            seen = [await anext(tokens) for _ in range(3)]
+        assert [token.token for token in seen] == solo_run([1, 2, 3], 2, 3)
+        assert await other == (solo_run([4, 5], 2, 40), "length")
+        await ring.until(lambda: not ring.cached)
+        assert (ring.driver.load.running, ring.driver.load.kv_tokens_used) == (0, 0)
+
+
+async def test_a_consumer_that_is_cancelled_before_its_first_token_frees_its_place():
+    async with running() as ring:
+        ring.held = True
+        waiting = asyncio.create_task(collect(ring, request([1, 2, 3])))
+        await ring.until(lambda: ring.pipeline.in_flight)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert ring.driver.load.running == 0
+        ring.release()
+        await ring.until(lambda: not ring.cached and not ring.pipeline.in_flight)
+
+
+async def test_load_says_how_busy_the_instance_is():
+    limits = Limits(n_stages=2, kv_tokens=30, context=25, step_tokens=16, growth=4, max_running=8)
+    async with running(limits) as ring:
+        ring.held = True
+        tasks = [asyncio.create_task(collect(ring, request(range(16), 3))) for _ in range(2)]
+        await ring.until(lambda: ring.pipeline.in_flight)
+        load = ring.driver.load
+        assert (load.instance, load.running, load.waiting) == ("instance", 1, 1)
+        assert (load.kv_tokens_used, load.kv_tokens) == (20, 30)
+        ring.release()
+        await asyncio.gather(*tasks)
+        assert (ring.driver.load.running, ring.driver.load.waiting) == (0, 0)
+
+
+async def test_overload_is_said_at_once_and_passes():
+    limits = Limits(n_stages=1, kv_tokens=200, context=60, step_tokens=16, max_running=1, max_waiting=2)
+    async with running(limits) as ring:
+        ring.held = True
+        tasks = [asyncio.create_task(collect(ring, request([0], 3)))]
+        await ring.until(lambda: ring.driver.load.running == 1)
+        tasks += [asyncio.create_task(collect(ring, request([index], 3))) for index in (1, 2)]
+        late = asyncio.create_task(collect(ring, request([9])))
+        with pytest.raises(RemoteError) as refused:
+            await late
+        assert refused.value.code == "overloaded"
+        assert ring.driver.load.waiting == 2
+        ring.release()
+        assert [await task for task in tasks] == [(solo_run([index], 1, 3), "length") for index in range(3)]
+        assert await collect(ring, request([9])) == (solo_run([9], 1, 10), "length")
+
+
+@pytest.mark.parametrize(("prompt", "max_tokens"), [(range(60), 5), ((), 5), ((1,), 0)])
+async def test_what_cannot_be_served_is_refused_as_invalid(prompt, max_tokens):
+    async with running() as ring:
+        with pytest.raises(RemoteError) as refused:
+            await collect(ring, request(prompt, max_tokens))
+        assert refused.value.code == "invalid"
+
+
+async def test_a_step_that_fails_ends_its_requests_only():
+    async with running() as ring:
+        ring.held = True
+        hit = asyncio.create_task(collect(ring, request([1, 2, 3])))
+        await ring.until(lambda: ring.pipeline.in_flight)
+        spared = asyncio.create_task(collect(ring, request([4, 5])))
+        await ring.until(lambda: ring.pipeline.in_flight == 2)
+        ring.pipeline.fail(0)
+        ring.release()
+        with pytest.raises(RemoteError) as failed:
+            await hit
+        assert (failed.value.code, failed.value.message) == ("engine_error", "a stage failed")
+        assert await spared == (solo_run([4, 5], 2, 10), "length")
+        await ring.until(lambda: not ring.cached)
+
+
+async def test_when_the_pipeline_breaks_everybody_is_told_after_the_tokens_that_came_before():
+    ring = Ring(LIMITS)
+    run = asyncio.create_task(ring.driver.run())
+    streams = [ring.driver.generate(request([index], 50)) for index in range(3)]
+    firsts = [await anext(stream) for stream in streams]
+    assert [first.token for first in firsts] == [solo_run([index], 2, 1)[0] for index in range(3)]
+    ring.held = True
+    ring.driver.fail("stage_lost", "node b is gone")
+    ring.driver.fail("stage_lost", "the same again, as its neighbours see it")
+    for index, stream in enumerate(streams):
+        rest: list[int] = []
+        with pytest.raises(RemoteError) as lost:
+            await drain(stream, rest)
+        assert (lost.value.code, lost.value.message) == ("stage_lost", "node b is gone")
+        assert rest == solo_run([index], 2, 1 + len(rest))[1:], "what had come before is not lost"
+    with pytest.raises(RemoteError, match="node b is gone"):
+        await collect(ring, request([7]))
+    async with asyncio.timeout(5):
+        await run
+
+
+async def test_answers_that_nobody_asked_for_are_refused():
+    async with running() as ring:
+        with pytest.raises(ValueError, match="not in flight"):
+            ring.driver.on_sampled(Sampled(1, 3, ()))
+        ring.driver.on_step_failed(StepFailed(1, 3, "of a step that was ended before"))
+        assert await collect(ring, request([1])) == (solo_run([1], 2, 10), "length")

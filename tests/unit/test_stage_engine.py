@@ -1,0 +1,263 @@
+"""StageEngine: any split, any batching, the same results; and a state that errors leave as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.tiny_gguf import TinyModel, Type, write_tiny_gguf
+
+from swarmd.node.engine.sampling_params import SamplingParams
+from swarmd.node.engine.spec import ArchSpec
+from swarmd.node.engine.stage_engine import KvExhausted, Sample, SequenceChunk, StageEngine, StepError
+from swarmd.node.models.errors import ModelFileError
+from swarmd.node.models.gguf import GGUFFile
+
+GREEDY = SamplingParams(temperature=0, top_logprobs=3)
+MODEL = TinyModel(type=Type.Q4_1, types={"token_embd": Type.Q8_0}, context_length=96)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_gguf(tmp_path_factory.mktemp("engine") / "tiny.gguf", MODEL)
+
+
+def load(path: Path, start: int = 0, end: int = MODEL.n_layers, *, kv_tokens: int = 400, **options: Any) -> StageEngine:
+    with GGUFFile.open(path) as file:
+        spec = ArchSpec.from_gguf(file.metadata, file.tensors)
+    return StageEngine.load(path, spec, start, end, threads=1, kv_tokens=kv_tokens, **options)
+
+
+class Pipeline:
+    """The stages of one model, one after another."""
+
+    def __init__(self, path: Path, *cuts: int, dtype: str = "f32") -> None:
+        edges = [0, *cuts, MODEL.n_layers]
+        self.stages = [load(path, start, end) for start, end in pairwise(edges)]
+        self.dtype = dtype
+
+    def open(self, seq: int, sampling: SamplingParams = GREEDY) -> None:
+        for stage in self.stages:
+            stage.open(seq, sampling)
+
+    def free(self, seq: int) -> None:
+        for stage in self.stages:
+            stage.free(seq)
+
+    def step(self, *chunks: SequenceChunk) -> tuple[Sample, ...]:
+        result = self.stages[0].step(chunks, None, self.dtype)
+        for stage in self.stages[1:]:
+            result = stage.step(chunks, result.payload, self.dtype)
+        return result.samples
+
+    def generate(self, seq: int, prompt: Sequence[int], count: int, sampling: SamplingParams = GREEDY) -> list[Sample]:
+        self.open(seq, sampling)
+        samples = [*self.step(SequenceChunk(seq, 0, tuple(prompt), sample=True))]
+        while len(samples) < count:
+            samples += self.step(SequenceChunk(seq, samples[-1].position, (samples[-1].token,), sample=True))
+        self.free(seq)
+        return samples
+
+
+def test_every_split_gives_the_same_samples(path: Path) -> None:
+    whole = Pipeline(path).generate(1, range(10, 30), 12)
+    for cuts in ((1,), (2,), (3,), (1, 2, 3)):
+        assert Pipeline(path, *cuts).generate(1, range(10, 30), 12) == whole
+
+
+def test_seeded_sampling_is_the_same_for_every_split(path: Path) -> None:
+    params = SamplingParams(temperature=0.9, top_p=0.95, seed=5, repetition_penalty=1.1, prompt_tokens=20)
+    whole = Pipeline(path).generate(1, range(10, 30), 12, params)
+    assert Pipeline(path, 2).generate(9, range(10, 30), 12, params) == [
+        Sample(9, s.position, s.token, s.logprob, s.top) for s in whole
+    ]
+    assert len({s.token for s in whole}) > 4
+
+
+def test_the_wire_in_bf16_halves_the_payload_and_stays_near(path: Path) -> None:
+    chunk = [SequenceChunk(1, 0, tuple(range(10, 20)))]
+    payloads = {}
+    for dtype in ("f32", "bf16"):
+        stage = load(path, 0, 2)
+        stage.open(1, GREEDY)
+        payload = stage.step(chunk, None, dtype).payload
+        assert payload is not None
+        payloads[dtype] = payload
+    assert payloads["f32"].nbytes == 2 * payloads["bf16"].nbytes == 10 * MODEL.hidden_size * 4
+    full = torch.frombuffer(payloads["f32"], dtype=torch.float32)
+    assert torch.equal(torch.frombuffer(payloads["bf16"], dtype=torch.bfloat16), full.bfloat16())
+    # The stage behind takes it: its first choice has about the same probability.
+    exact = Pipeline(path, 2).generate(1, range(10, 30), 1)[0]
+    rounded = Pipeline(path, 2, dtype="bf16").generate(1, range(10, 30), 1)[0]
+    assert dict(exact.top).keys() & dict(rounded.top).keys()
+    assert rounded.logprob == pytest.approx(exact.logprob, abs=0.5)
+
+
+def test_ragged_batches_equal_solo_bit_for_bit(path: Path) -> None:
+    """Three sequences in shared steps, prefill chunks beside decode, against each of them alone in the same chunks."""
+    prompts = {1: list(range(5, 25)), 2: list(range(40, 47)), 3: list(range(100, 133))}
+    schedule = [{1: 20, 2: 3}, {1: 1, 2: 4}, {3: 16, 2: 1, 1: 1}, {2: 1, 3: 17, 1: 1}, {3: 1, 1: 1, 2: 1}]
+
+    def run(sequences: tuple[int, ...]) -> dict[int, list[Sample]]:
+        pipeline = Pipeline(path, 2)
+        tokens = {seq: list(prompts[seq]) for seq in sequences}
+        done = dict.fromkeys(sequences, 0)
+        out: dict[int, list[Sample]] = {seq: [] for seq in sequences}
+        for seq in sequences:
+            pipeline.open(seq)
+        for counts in schedule:
+            chunks = []
+            for seq, count in counts.items():
+                if seq in tokens:
+                    part = tuple(tokens[seq][done[seq] : done[seq] + count])
+                    chunks.append(SequenceChunk(seq, done[seq], part, done[seq] + count >= len(prompts[seq])))
+                    done[seq] += count
+            for sample in pipeline.step(*chunks):
+                out[sample.seq].append(sample)
+                tokens[sample.seq].append(sample.token)
+        return out
+
+    together = run((1, 2, 3))
+    assert [len(samples) for samples in together.values()] == [5, 4, 2]
+    for seq in prompts:
+        assert run((seq,))[seq] == together[seq]
+
+
+def test_truncate_and_go_on(path: Path) -> None:
+    straight = Pipeline(path, 2).generate(1, range(10, 20), 6)
+    pipeline = Pipeline(path, 2)
+    pipeline.open(1)
+    pipeline.step(SequenceChunk(1, 0, tuple(range(10, 20))))
+    pipeline.step(SequenceChunk(1, 10, (3, 4, 5)))
+    for stage in pipeline.stages:
+        stage.truncate(1, 9)
+        assert stage.length(1) == 9
+    sample = pipeline.step(SequenceChunk(1, 9, (19,), sample=True))[0]
+    assert (sample.token, sample.position) == (straight[0].token, 10)
+    assert sample.logprob == pytest.approx(straight[0].logprob, abs=1e-4)
+
+
+def test_truncation_also_forgets_for_the_penalties(path: Path) -> None:
+    engine = load(path)
+    logprobs = []
+    for detour in (False, True):
+        engine.open(1, SamplingParams(temperature=0, repetition_penalty=5.0))
+        engine.step([SequenceChunk(1, 0, (10, 11, 12))], None, "f32")
+        best = engine.step([SequenceChunk(1, 3, (13,), True)], None, "f32").samples[0]
+        if detour:
+            engine.step([SequenceChunk(1, 4, (best.token,))], None, "f32")
+            engine.truncate(1, 4)
+        engine.truncate(1, 3)
+        logprobs.append(engine.step([SequenceChunk(1, 3, (13,), True)], None, "f32").samples[0])
+        engine.free(1)
+    assert logprobs[0] == logprobs[1]
+
+
+def test_errors_change_nothing(path: Path) -> None:
+    engine = load(path, kv_tokens=30)
+    engine.open(1, GREEDY)
+    engine.open(2, GREEDY)
+    engine.step([SequenceChunk(1, 0, tuple(range(10, 30)))], None, "f32")
+    bad: list[tuple[list[SequenceChunk], str]] = [
+        ([SequenceChunk(1, 19, (1,))], "does not fit"),
+        ([SequenceChunk(1, 21, (1,))], "does not fit"),
+        ([SequenceChunk(1, 20, ())], "0 tokens"),
+        ([SequenceChunk(1, 20, (MODEL.vocab_size,))], "outside the vocabulary"),
+        ([SequenceChunk(1, 20, (-1,))], "outside the vocabulary"),
+        ([SequenceChunk(2, 0, tuple(range(97)))], "context of 96"),
+        ([SequenceChunk(2, 0, (1,)), SequenceChunk(2, 0, (1,))], "twice"),
+        ([SequenceChunk(7, 0, (1,))], "not open"),
+    ]
+    for chunks, says in bad:
+        with pytest.raises(StepError, match=says):
+            engine.step(chunks, None, "f32")
+    with pytest.raises(StepError, match="'f16'"):
+        engine.step([SequenceChunk(2, 0, (1,))], None, "f16")
+    with pytest.raises(KvExhausted, match="31 tokens"):
+        engine.step([SequenceChunk(1, 20, (1,)), SequenceChunk(2, 0, tuple(range(10)))], None, "f32")
+    assert (engine.length(1), engine.length(2)) == (20, 0)
+    assert engine.step([SequenceChunk(1, 20, (30,), True), SequenceChunk(2, 0, tuple(range(9)))], None, "f32").samples
+    with pytest.raises(StepError, match="open already"):
+        engine.open(1, GREEDY)
+    with pytest.raises(StepError, match="logit_bias"):
+        engine.open(3, SamplingParams(logit_bias={MODEL.vocab_size: 1.0}))
+
+
+@pytest.mark.parametrize("hidden", [None, b"", b"\0" * 100, b"\0" * (4 * MODEL.hidden_size + 4)])
+def test_hidden_states_of_the_wrong_size_are_refused(path: Path, hidden: bytes | None) -> None:
+    stage = load(path, 2, 4)
+    stage.open(1, GREEDY)
+    with pytest.raises(StepError, match=f"{4 * MODEL.hidden_size} are needed"):
+        stage.step([SequenceChunk(1, 0, (1,))], hidden, "f32")
+
+
+def test_hidden_states_that_are_not_finite_end_in_an_error(path: Path) -> None:
+    stage = load(path, 2, 4)
+    stage.open(1, GREEDY)
+    hidden = torch.full((MODEL.hidden_size,), float("nan")).numpy().tobytes()
+    with pytest.raises(StepError, match="not finite"):
+        stage.step([SequenceChunk(1, 0, (1,), True)], hidden, "f32")
+    assert stage.length(1) == 0
+
+
+def test_a_step_without_chunks(path: Path) -> None:
+    first, last = load(path, 0, 2), load(path, 2, 4)
+    payload = first.step([], None, "f32").payload
+    assert payload is not None
+    assert payload.nbytes == 0
+    assert last.step([], payload, "f32").samples == ()
+
+
+def test_the_callers_buffer_is_left_alone(path: Path) -> None:
+    first, last = load(path, 0, 2), load(path, 2, 4)
+    chunks = [SequenceChunk(1, 0, (1, 2, 3), True)]
+    for stage in (first, last):
+        stage.open(1, GREEDY)
+    payload = first.step(chunks, None, "f32").payload
+    assert payload is not None
+    received = bytearray(payload)
+    last.step(chunks, received, "f32")
+    assert received == payload
+
+
+def test_progress_ends_at_the_bytes_of_the_stages_tensors(path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    load(path, 0, 1, progress=lambda done, total: seen.append((done, total)))
+    with GGUFFile.open(path) as file:
+        total = sum(i.nbytes for name, i in file.tensors.items() if name.startswith(("blk.0.", "token_embd")))
+    assert seen[-1] == (total, total)
+    assert seen == sorted(seen)
+
+
+def test_a_stage_loads_from_a_file_that_holds_only_its_own_bytes(path: Path, tmp_path: Path) -> None:
+    with GGUFFile.open(path) as file:
+        wanted = [i for name, i in file.tensors.items() if name.startswith(("blk.2.", "blk.3.", "token", "output"))]
+        header = file.header_bytes
+    content = path.read_bytes()
+    partial = tmp_path / "partial.gguf"
+    with partial.open("wb") as out:
+        out.write(content[:header])
+        for info in wanted:
+            out.seek(info.offset)
+            out.write(content[info.offset : info.offset + info.nbytes])
+        out.truncate(len(content))
+    hidden = torch.linspace(-1, 1, MODEL.hidden_size).numpy().tobytes()
+    samples = []
+    for source in (path, partial):
+        stage = load(source, 2, 4, sparse=True)
+        stage.open(1, GREEDY)
+        samples.append(stage.step([SequenceChunk(1, 0, (1,), True)], hidden, "f32").samples)
+    assert samples[0] == samples[1]
+
+
+def test_a_truncated_file_is_refused(path: Path, tmp_path: Path) -> None:
+    with GGUFFile.open(path) as file:
+        spec = ArchSpec.from_gguf(file.metadata, file.tensors)
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(path.read_bytes()[:-5000])
+    with pytest.raises(ModelFileError, match="truncated"):
+        StageEngine.load(cut, spec, 0, 1, threads=1, kv_tokens=8)
