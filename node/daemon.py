@@ -60,6 +60,7 @@ class Daemon:
         self._fronts: dict[str, ModelFront] = {}
         self._stored: tuple[ModelSummary, ...] = ()
         self._leaving = False
+        self._mdns: MdnsDiscovery | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._build()
 
@@ -105,17 +106,21 @@ class Daemon:
         self.endpoint = Endpoint(self._credentials, Vocabulary(DAEMON_MESSAGES), router, hello=self._hello)
         self.mesh = Mesh(self.endpoint, self.swarm_tag, lambda: self._own.current, self._on_members)
         router.mesh = self.mesh
-        links = DriverLinks(self.endpoint, lambda node, found: reachable_first(self.node_id, self.mesh, node, found))
-        self.gateway = Gateway(self.launcher.find, self.launcher.launch, links.get, self._front, self.changed)
+        self._driver_links = DriverLinks(
+            self.endpoint, lambda node, found: reachable_first(self.node_id, self.mesh, node, found)
+        )
+        self.gateway = Gateway(
+            self.launcher.find, self.launcher.launch, self._driver_links.get, self._front, self.changed
+        )
 
     async def start(self) -> None:
         """Listen for links, announce this node and begin to serve. Raises ConfigError when a port cannot be had."""
         self.link_port = await self._listen()
         self.mesh.add_static(self.settings.peers)
-        self._mdns = MdnsDiscovery(
-            self.node_id, self.swarm_tag, PROTOCOL_VERSION, self.link_port, self.mesh.on_sighting
-        )
         if self.settings.mdns:
+            self._mdns = MdnsDiscovery(
+                self.node_id, self.swarm_tag, PROTOCOL_VERSION, self.link_port, self.mesh.on_sighting
+            )
             await self._mdns.start()
         self._refresh()
         self._run(self.mesh.run())
@@ -124,18 +129,22 @@ class Daemon:
         if self.settings.model != "none":
             self._run(self.launcher.keep_served(self.settings.model, self.nodes, self.node_id))
 
+    def leave(self) -> None:
+        """From now on nothing is planned any more, whatever ends; `close` follows."""
+        self._leaving = True
+
     async def close(self) -> None:
         """Tell the members, end the stages, and close everything; also after a start that failed half-way."""
-        self._leaving = True
+        self.leave()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         self._own.refresh()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(1):
                 await self.mesh.publish()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.instances.close()
-        if self.settings.mdns:
+        if self._mdns is not None:
             await self._mdns.close()
         await self.host.close()
         await self.mesh.close()
@@ -179,10 +188,13 @@ class Daemon:
         self.changed.notify()
 
     def _on_members(self, changes: Sequence[MemberChange]) -> None:
+        if self._leaving:
+            return
         self.instances.reconsider()
         for change in changes:
             member = self.mesh.membership.get(change.node_id)
             if change.state is MemberState.GONE and member is not None:
+                self._run(self._driver_links.hang_up(change.node_id))
                 self._run(self.launcher.take_over(member.record))
         self.changed.notify()
 
@@ -191,7 +203,7 @@ class Daemon:
             self._stored = tuple(ModelSummary(m.name, m.sha256, m.size, 0, "") for m in self.store.entries()[:256])
             self._refresh()
             self.instances.reconsider()
-            await self.orders.prune({record.id: record.epoch for _, record in self.instances.all()})
+            await self.orders.prune({record.id: (owner, record.epoch) for owner, record in self.instances.all()})
             await asyncio.sleep(TICK_SECONDS)
 
     async def _calibrate(self) -> None:
@@ -211,7 +223,7 @@ class Daemon:
     def _deliver(self, owner: str, report: Struct) -> None:
         if owner != self.node_id:
             self._run(deliver_over_link(self.mesh, owner, report))
-        elif isinstance(report, StageProgress | StageLost):
+        elif isinstance(report, StageProgress | StageLost) and not self._leaving:
             self.instances.on_report(report)
 
     async def _front(self, record: InstanceRecord) -> ModelFront:

@@ -1,17 +1,21 @@
 """Divide a model's layers among devices in proportion to their memory, within hard limits.
 
-Pure: the same inputs, in any order, give the same plan. Middle stages cost the same wherever they stand, so only who is
-first (it holds the embedding) and who is last (it holds the head) is searched; the cuts between them are then exact.
+Pure: the same inputs, in any order, give the same plan. For each order of the devices the cuts are exact. Of the orders
+those are searched that differ in who is first (it holds the embedding) and who is last (it holds the head); where the
+others stand matters only if layers differ in size, and is searched for few devices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, permutations
 
 from swarmd.partition.costs import ModelCosts
 from swarmd.partition.explain import explain_single, explain_split, explain_too_small
 from swarmd.partition.plan import Capacity, DoesNotFit, Plan, PlannedStage, Promise
+
+# 120 orders, some milliseconds, and only when nothing else fits.
+MOST_PERMUTED = 5
 
 
 def plan(
@@ -94,18 +98,20 @@ def _groups(need: _Need, devices: list[Capacity]) -> Iterator[list[Capacity]]:
     strong = sum(1 for device in devices if device.memory * need.n_layers >= total)
     most = min(len(devices), need.n_layers)
     strong = min(strong, most)
-    for size in [*range(strong, 1, -1), *range(strong + 1, most + 1)]:
+    for size in [*range(strong, 1, -1), *range(max(strong, 1) + 1, most + 1)]:
         yield devices[:size]
 
 
 def _orders(group: list[Capacity]) -> Iterator[list[Capacity]]:
-    """Most memory first; when that fails, other devices take the first and the last place."""
+    """Most memory first; when that fails, other devices take the first and the last place, and then any place."""
     size = len(group)
     for last in reversed(range(size)):
         for first in range(size):
             if first != last:
                 middle = [device for index, device in enumerate(group) if index not in (first, last)]
                 yield [group[first], *middle, group[last]]
+    if size <= MOST_PERMUTED:
+        yield from map(list, permutations(group))
 
 
 def _cuts(need: _Need, order: list[Capacity]) -> list[int] | None:

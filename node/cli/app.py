@@ -16,6 +16,13 @@ HELP = """Run large language models on all the machines you own, together.
 Bare `swarmd` starts this machine's node. The first start founds a swarm and prints what to type on the next machine.
 Every option may also stand in the environment as SWARMD_NAME_OF_OPTION, or in config.toml in the data dir."""
 
+# Small models, which most machines run, wander at the API's usual 1.
+CHAT_TEMPERATURE = 0.2
+
+MODEL_HELP = "Name of a model, or the path of a GGUF file."
+# Small models, which most machines run, wander at the API's usual 1.
+CHAT_TEMPERATURE = 0.2
+
 app = typer.Typer(name="swarmd", help=HELP, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
@@ -41,7 +48,9 @@ def main_command(
 @with_options(*OPTIONS)
 def join(
     call: typer.Context,
-    token: Annotated[str, typer.Argument(help="The join token, or - to read it from standard input.")] = "",
+    token: Annotated[
+        str, typer.Argument(metavar="TOKEN", help="The join token, or - to read it from standard input.")
+    ] = "",
 ) -> None:
     """Join the swarm of TOKEN and start this machine's node.
 
@@ -80,20 +89,29 @@ def status(
 @with_options("data_dir", "api_key")
 def run(
     call: typer.Context,
-    model: Annotated[str, typer.Argument(help="Name of a model, or the path of a GGUF file.")] = DEFAULT_MODEL,
-    prompt: Annotated[str | None, typer.Argument(help="One question; without it, a conversation.")] = None,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)] = DEFAULT_MODEL,
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="One question; without it, a conversation.")
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(metavar="NUMBER", help="0 always takes the likeliest word; up to 2, ever less likely ones.")
+    ] = CHAT_TEMPERATURE,
+    max_tokens: Annotated[
+        int | None, typer.Option(metavar="COUNT", help="Longest answer. Default: as long as the context allows.")
+    ] = None,
 ) -> None:
     """Chat with a model; the swarm starts it if need be."""
     from swarmd.node.cli.chat import chat
 
-    raise typer.Exit(chat(call.obj, model, prompt))
+    wishes = {"temperature": temperature} | ({"max_tokens": max_tokens} if max_tokens is not None else {})
+    raise typer.Exit(chat(call.obj, model, prompt, wishes))
 
 
 @app.command()
 @with_options("data_dir")
 def pull(
     call: typer.Context,
-    model: Annotated[str, typer.Argument(help="Name of a model, or the path of a GGUF file.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
 ) -> None:
     """Bring a model to this machine, without serving it."""
     from swarmd.node.cli.models import pull as run

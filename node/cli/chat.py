@@ -17,24 +17,24 @@ from swarmd.node.models.catalog import is_path
 from swarmd.partition.units import format_bytes
 
 
-def chat(given: Mapping[str, Any], model: str, prompt: str | None) -> int:
-    """Answer one prompt, or talk until the input ends; the exit code."""
+def chat(given: Mapping[str, Any], model: str, prompt: str | None, wishes: Mapping[str, Any]) -> int:
+    """Answer one prompt, or talk until the input ends; the exit code. `wishes` are sampling fields of the request."""
 
     def work() -> int:
         if prompt is not None and not prompt.strip():
             raise CommandError("the prompt is empty", USAGE_ERROR)
         client = DaemonClient(settings_of(given))
-        served = _have_served(client, _absolute(model))
+        body = {**wishes, "model": _have_served(client, _absolute(model)), "stream": True}
         messages: list[dict[str, str]] = []
         if prompt is not None:
-            _ask(client, served, messages, prompt)
+            _ask(client, body, messages, prompt)
             return 0
         person = sys.stdin.isatty()
         if person:
-            print(f"{served} is ready. An empty line or Ctrl-D ends the conversation.")
+            print(f"{body['model']} is ready. An empty line or Ctrl-D ends the conversation.")
         while text := _read_line():
             try:
-                _ask(client, served, messages, text)
+                _ask(client, body, messages, text)
             except CommandError as error:
                 if not person:
                     raise
@@ -103,13 +103,12 @@ def _progress_line(progress: dict[str, Any]) -> str:
     return f"{progress['model']}: {progress['phase']} {done} of {total}"
 
 
-def _ask(client: DaemonClient, model: str, messages: list[dict[str, str]], text: str) -> None:
+def _ask(client: DaemonClient, body: Mapping[str, Any], messages: list[dict[str, str]], text: str) -> None:
     """One turn: print the answer as it comes, and take both into the conversation unless the answer failed."""
     turn = {"role": "user", "content": text}
-    body = {"model": model, "messages": [*messages, turn], "stream": True}
     answer = ""
     try:
-        for _, chunk in client.events("POST", "/v1/chat/completions", body):
+        for _, chunk in client.events("POST", "/v1/chat/completions", {**body, "messages": [*messages, turn]}):
             if "error" in chunk:
                 raise CommandError(chunk["error"]["message"])
             for choice in chunk["choices"]:

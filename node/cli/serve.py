@@ -66,6 +66,7 @@ async def _run(settings: Settings, data_dir: DataDir, credentials: Credentials) 
         await stop.wait()
         announcement.cancel()
         log.info("stopping")
+        daemon.leave()
     finally:
         await server.close()
         await daemon.close()

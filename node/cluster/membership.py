@@ -138,8 +138,9 @@ class Membership:
         return [MemberChange(member.record.id, state)]
 
     def _forget(self, now: float) -> None:
+        # One that hangs and keeps its link will not send its record again when it wakes: it stays.
         gone = sorted(
-            (m for m in self._members.values() if m.state is MemberState.GONE),
+            (m for m in self._members.values() if m.state is MemberState.GONE and m.record.id not in self._links),
             key=lambda m: m.since,
             reverse=True,
         )

@@ -161,6 +161,12 @@ class Mesh:
         self._report(self.membership.on_unlinked(link.peer_id, now))
         self._wake.set()
 
+    def _hang_up(self, node_id: str) -> None:
+        """Of a dead connection neither side may hear for minutes: a node that comes back is to find a new link."""
+        link = self._links.get(node_id)
+        if link is not None:
+            self._keep(asyncio.create_task(link.close("nothing was heard for too long")))
+
     def _is_better(self, link: Link, rival: Link) -> bool:
         """Both sides keep the link that the lower id dialled; of two dialled by one side, the first."""
         if rival.closed:
@@ -273,6 +279,8 @@ class Mesh:
                 log.info("node %s (%s) is a member", name, change.node_id[:12])
             elif change.state is not MemberState.ALIVE:
                 log.warning("node %s (%s) is %s", name, change.node_id[:12], change.state)
+            if change.state is MemberState.GONE:
+                self._hang_up(change.node_id)
         if changes:
             self._on_change(changes)
 

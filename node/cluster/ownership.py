@@ -146,7 +146,7 @@ class OwnedInstance:
     def _wait(self, reason: str) -> None:
         """Nothing runs, for this reason."""
         self._unstarted, self._unwired, self._progress = set(), set(), {}
-        self.record = replace(
+        waiting = replace(
             self.record,
             state=InstanceState.WAITING,
             reason=reason[:512],
@@ -155,6 +155,8 @@ class OwnedInstance:
             done_bytes=0,
             total_bytes=0,
         )
+        if waiting != self.record:
+            self.record = waiting
 
     def _plan(self, capacities: Sequence[Capacity], reason: str = "") -> list[Action]:
         """Start over with who is there, or wait until they suffice."""
@@ -162,8 +164,7 @@ class OwnedInstance:
             made = plan(self._costs, self._promises, capacities, split=self._split)
         except DoesNotFit as error:
             actions = self.stop()
-            if self.record.stages or self.record.reason != str(error)[:512]:
-                self._wait(str(error))
+            self._wait(str(error))
             return actions
         return self._adopt(made, reason)
 

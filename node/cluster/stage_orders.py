@@ -93,19 +93,30 @@ class StageOrders:
         if source is not None:
             self._tell_progress(source, job.instance, job.epoch, total + done, 2 * total)
 
-    async def prune(self, epochs: Mapping[str, int]) -> None:
-        """End this node's stages that nobody orders any more: their instance has moved on to a later one of `epochs`
-        (instance id -> epoch) without this node, or has had no owner for long."""
+    async def prune(self, claims: Mapping[str, tuple[str, int]]) -> None:
+        """End this node's stages that nobody orders any more.
+
+        Their instance has moved on to a later epoch without this node, or, after a split network healed, to another
+        owner's plan of the same epoch; or it has had no owner for long. `claims` is the (owner, epoch) that counts per
+        instance.
+        """
         assert self.host is not None
         now = time.monotonic()
         self._unowned = {job.instance: self._unowned.get(job.instance, now) for job in self.host.jobs}
         for job in self.host.jobs:
-            epoch = epochs.get(job.instance)
-            if epoch is not None:
+            if job.instance in claims:
                 self._unowned[job.instance] = now
-            if job.epoch < (epoch or 0) or now - self._unowned[job.instance] > UNOWNED_SECONDS:
+            passed = self._is_passed(job, claims.get(job.instance))
+            if passed or now - self._unowned[job.instance] > UNOWNED_SECONDS:
                 log.info("stage of %s, epoch %d, is no longer wanted", job.instance, job.epoch)
                 await self._stop(job.instance, job.epoch)
+
+    def _is_passed(self, job: LoadEngine, claim: tuple[str, int] | None) -> bool:
+        source = self._sources.get((job.instance, job.epoch))
+        if claim is None or source is None:
+            return False
+        owner, epoch = claim
+        return job.epoch < epoch or (job.epoch == epoch and source.owner != owner)
 
     async def _start(self, owner: str, order: StartStage) -> StageStarted:
         """An order replaces the one before it, also while that one is still fetching."""

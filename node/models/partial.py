@@ -21,6 +21,9 @@ REQUESTS_IN_FLIGHT = 4
 CHUNKS_PER_COMMIT = 8
 """Chunks brought between two savings of the bitmap, and so the most that a kill makes to be fetched again."""
 
+# macOS has no fdatasync in Python; fsync does more than is needed.
+_sync_data: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)
+
 FetchChunk = Callable[[int], Awaitable[bytes | bytearray | memoryview]]
 """Brings chunk `index` from some source; raises what it likes when it can't."""
 
@@ -151,7 +154,7 @@ class PartialModel:
     def _commit(self, fd: int) -> None:
         if not self._unsaved:
             return
-        os.fdatasync(fd)
+        _sync_data(fd)
         self._save(self._present | self._unsaved)
         self._unsaved = set()
 

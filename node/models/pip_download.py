@@ -47,7 +47,7 @@ async def _run(
 ) -> tuple[int, str]:
     options = ["--no-deps", "--only-binary", ":all:", "--no-input", "--disable-pip-version-check"]
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "pip", "download", *options, "--progress-bar", bar),
+        *(sys.executable, "-P", "-m", "pip", "download", *options, "--progress-bar", bar),
         *("--dest", str(directory), f"{project}=={version}"),
         cwd=directory,  # `python -m` looks for modules here first
         env=os.environ | {"TMPDIR": str(directory)},  # the system's may be too small for a model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
 
 from swarmd.discovery.records import LoadRecord
@@ -58,7 +58,7 @@ class Driver:
                 await self._run_step(step)
             await self._wake.wait()
 
-    async def generate(self, request: Generate) -> AsyncIterator[Token | Finished]:
+    async def generate(self, request: Generate) -> AsyncGenerator[Token | Finished]:
         """The tokens of one request, ended by Finished. Leaving early cancels it on every stage.
 
         Raises RemoteError: `overloaded`, `invalid`, or what `fail` was told.

@@ -36,6 +36,11 @@ class DriverLinks:
                 link = self._links[key] = await self._dial(stage.node, stage.addresses)
         return link
 
+    async def hang_up(self, node: str) -> None:
+        """Close the links with the drivers of a node that is gone: who waits for them may hear nothing otherwise."""
+        for link in [link for link in self._links.values() if link.peer_id == node]:
+            await link.close("its node is gone")
+
     async def _dial(self, node: str, addresses: tuple[Address, ...]) -> Link:
         reason = ""
         for address in self._order(node, addresses):

@@ -80,6 +80,10 @@ class Gateway:
         except ValueError as error:
             param = "messages" if request.messages is not None else "prompt"
             raise GenerationError("invalid_request", str(error), param=param) from error
+        outside = [token for token in request.sampling.logit_bias if token >= front.tokenizer.vocab_size]
+        if outside:
+            message = f"logit_bias names token {outside[0]}; the vocabulary has {front.tokenizer.vocab_size}"
+            raise GenerationError("invalid_request", message, param="logit_bias")
         room = record.model.context - len(prompt)
         if not prompt:
             raise GenerationError("invalid_request", "the prompt is empty", param="prompt")

@@ -172,6 +172,7 @@ class StageHost:
         ]
         process = await asyncio.create_subprocess_exec(
             sys.executable,
+            "-P",  # or a folder named swarmd in the working directory would be imported instead
             "-m",
             "swarmd.node.serving.stage_main",
             *arguments,

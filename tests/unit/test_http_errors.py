@@ -161,6 +161,16 @@ async def test_an_address_in_use_is_named_with_its_option():
         await server.close()
 
 
+async def test_without_a_wish_for_a_port_a_second_node_finds_a_free_one():
+    servers = [HttpServer(make_app(FakeNode(), api_key=None, known_hosts=frozenset())) for _ in range(2)]
+    for server in servers:
+        await server.start(None)
+    assert servers[0].url != servers[1].url
+    assert all(server.url.startswith("http://127.0.0.1:") for server in servers)
+    for server in servers:
+        await server.close()
+
+
 async def test_an_address_of_another_machine_is_named_with_its_option():
     server = HttpServer(make_app(FakeNode(), api_key=None, known_hosts=frozenset()))
     with pytest.raises(ConfigError, match=r"192\.0\.2\.1:7475 cannot be used .*--listen"):

@@ -48,6 +48,7 @@ def test_a_prompt_is_opened_prefilled_sampled_and_continued():
     assert [opening.seq for opening in first.open] == [0]
     assert first.chunks == (Chunk(0, 0, (10, 11, 12), True),)
     [progress] = answer(scheduler, first, [77])
+    assert progress.choice is not None
     assert (progress.seq, progress.choice.token, progress.finish) == (0, 77, None)
     assert planned(scheduler).chunks == (Chunk(0, 3, (77,), True),)
 

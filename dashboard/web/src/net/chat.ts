@@ -3,6 +3,9 @@ import { readChunk, type CompletionPart } from "../lib/completions.ts";
 import { request } from "./client.ts";
 import { events } from "./stream.ts";
 
+/** The API's default of 1 lets small models ramble; `swarmd run` uses the same as this. */
+const TEMPERATURE = 0.3;
+
 /** Names of the models that `/v1/models` offers. Throws as `request`. */
 export async function listModels(signal: AbortSignal): Promise<string[]> {
   const response = await request("/v1/models", { signal });
@@ -23,7 +26,13 @@ export async function* complete(
     method: "POST",
     signal,
     headers: { "Content-Type": "application/json" },
-    body: JSON.stringify({ model, messages, stream: true, stream_options: { include_usage: true } }),
+    body: JSON.stringify({
+      model,
+      messages,
+      temperature: TEMPERATURE,
+      stream: true,
+      stream_options: { include_usage: true },
+    }),
   });
   for await (const { data } of events(response)) {
     for (const part of readChunk(data)) {

@@ -1,0 +1,299 @@
+"""The life of an instance in the hands of its owner, case by case."""
+
+import msgspec
+import pytest
+from msgspec.structs import replace
+
+from swarmd.discovery.records import Address, InstanceRecord, InstanceState, ModelSummary, StageRecord
+from swarmd.node.cluster.ownership import (
+    FIRST_RETRY_SECONDS,
+    LAST_RETRY_SECONDS,
+    OwnedInstance,
+    StartStages,
+    StopStages,
+    WireStages,
+    successor,
+    winner,
+)
+from swarmd.partition.costs import ModelCosts
+from swarmd.partition.plan import Capacity, Promise
+
+MB = 1_000_000
+A, B, C = "a" * 64, "b" * 64, "c" * 64
+MODEL = ModelSummary("tiny", "0" * 64, 60 * MB, 8192, "llama")
+COSTS = ModelCosts((10 * MB,) * 6, 0, 0, 0, 0)
+PROMISES = (Promise(4096, 8192), Promise(2048, 4096))
+WHERE = (Address("192.0.2.1", 7000),)
+ELSEWHERE = (Address("192.0.2.2", 7000),)
+
+
+def capacities(**megabytes):
+    return [Capacity(letter * 64, "cpu", size * MB, letter) for letter, size in megabytes.items()]
+
+
+def instance(**options):
+    return OwnedInstance("tiny-1", MODEL, COSTS, PROMISES, **options)
+
+
+def started(split_over=None, **options):
+    """An instance that was planned on a and b (or what is given) at time 0, and its plan."""
+    owned = instance(**options)
+    [action] = owned.consider(split_over or capacities(a=40, b=30), 0)
+    assert isinstance(action, StartStages)
+    return owned
+
+
+def ready(split_over=None, **options):
+    """The same with every stage started and wired."""
+    owned = started(split_over, **options)
+    for index in range(len(owned.record.stages)):
+        owned.on_started(owned.epoch, index, WHERE)
+    for index in range(len(owned.record.stages)):
+        owned.on_wired(owned.epoch, index)
+    assert owned.record.state is InstanceState.READY
+    return owned
+
+
+def nodes(owned):
+    return [stage.node for stage in owned.record.stages]
+
+
+def test_it_is_planned_started_wired_and_ready():
+    owned = instance()
+    assert (owned.record.state, owned.epoch) == (InstanceState.PLANNING, 0)
+    [start] = owned.consider(capacities(a=40, b=30), 0)
+    assert isinstance(start, StartStages)
+    assert (start.epoch, owned.record.state) == (1, InstanceState.LOADING)
+    assert [(s.node, s.start, s.end) for s in start.plan.stages] == [
+        (s.node, s.start, s.end) for s in owned.record.stages
+    ]
+    assert nodes(owned) == [A, B]
+    assert owned.record.model.context == 4096
+    assert owned.on_started(1, 1, ELSEWHERE) == []
+    assert owned.on_started(1, 0, WHERE) == [WireStages(1, owned.record.stages)]
+    assert [stage.addresses for stage in owned.record.stages] == [WHERE, ELSEWHERE]
+    assert owned.on_wired(1, 0) == []
+    assert owned.record.state is InstanceState.LOADING
+    owned.on_wired(1, 1)
+    assert (owned.record.state, owned.record.reason) == (InstanceState.READY, "")
+
+
+def test_nothing_is_done_while_it_loads_or_serves():
+    assert started().consider(capacities(a=40, b=30), 100) == []
+    assert ready().consider(capacities(a=400, b=300, c=300), 100, idle=True) == [], "a new node is no reason to move"
+
+
+def test_the_first_epoch_is_above_all_that_anybody_has_seen():
+    assert started(epoch=7).epoch == 8
+
+
+def test_a_promise_that_fits_is_what_the_record_says():
+    costs = replace(COSTS, kv_bytes_per_token=500)
+    owned = OwnedInstance("tiny-1", MODEL, costs, PROMISES)
+    owned.consider(capacities(a=75), 0)
+    assert owned.record.model.context == 2048
+    assert any("reduced to 2048" in line for line in owned.record.explanation)
+
+
+def test_too_little_memory_is_waited_out_with_a_reason_that_says_how_much_is_missing():
+    owned = instance()
+    assert owned.consider(capacities(a=40), 0) == []
+    assert owned.record.state is InstanceState.WAITING
+    assert "20.0 MB missing" in owned.record.reason
+    told = owned.record
+    assert owned.consider(capacities(a=40), 1) == []
+    assert owned.record is told, "the same reason is not published again"
+    [start] = owned.consider(capacities(a=40, b=30), 2)
+    assert (start.epoch, owned.record.reason) == (1, "")
+
+
+def test_a_duplicate_answer_counts_once():
+    owned = started()
+    owned.on_started(1, 0, WHERE)
+    assert owned.on_started(1, 0, ELSEWHERE) == []
+    assert owned.record.stages[0].addresses == WHERE
+    assert owned.on_started(1, 1, WHERE) != []
+    assert owned.on_started(1, 1, WHERE) == [], "also while it is being wired"
+    owned.on_wired(1, 0)
+    owned.on_wired(1, 0)
+    assert owned.record.state is InstanceState.LOADING
+
+
+def test_a_stage_that_is_not_started_yet_cannot_be_wired():
+    owned = started()
+    owned.on_wired(1, 0)
+    owned.on_wired(1, 1)
+    assert owned.record.state is InstanceState.LOADING
+    owned.on_started(1, 0, WHERE)
+    assert owned.on_started(1, 1, WHERE) == [WireStages(1, owned.record.stages)]
+
+
+def test_a_stage_that_is_lost_ends_the_epoch_and_the_next_one_follows_after_a_pause():
+    owned = ready()
+    assert owned.on_stage_lost(1, "node b: out of memory", 10) == [StopStages(1, (A, B))]
+    assert (owned.record.state, owned.record.reason) == (InstanceState.WAITING, "node b: out of memory")
+    assert (owned.record.stages, owned.record.explanation) == ((), ())
+    assert owned.on_stage_lost(1, "node a: lost its neighbour", 10) == [], "one loss is told by several"
+    assert owned.record.reason == "node b: out of memory"
+    assert owned.consider(capacities(a=40, b=30), 10 + FIRST_RETRY_SECONDS - 0.01) == []
+    [start] = owned.consider(capacities(a=40, b=30), 10 + FIRST_RETRY_SECONDS)
+    assert start.epoch == 2
+
+
+def test_a_reason_of_any_length_leaves_the_record_readable_by_others():
+    owned = ready()
+    owned.on_stage_lost(1, "x" * 5000, 10)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(owned.record), type=InstanceRecord) == owned.record
+    assert owned.record.reason.startswith("xxx")
+
+
+def test_pauses_double_up_to_a_bound_however_often_it_fails_and_start_anew_when_it_was_ready():
+    owned = instance()
+    now, pauses = 0.0, []
+    for _ in range(2000):
+        before = now
+        while not owned.consider(capacities(a=40, b=30), now):
+            now += FIRST_RETRY_SECONDS
+        pauses.append(now - before)
+        owned.on_stage_lost(owned.epoch, "it cannot be loaded", now)
+    assert pauses[:8] == [0, 0.25, 0.5, 1, 2, 4, 8, LAST_RETRY_SECONDS]
+    assert set(pauses[8:]) == {LAST_RETRY_SECONDS}
+    now += LAST_RETRY_SECONDS
+    owned.consider(capacities(a=70), now)
+    owned.on_started(owned.epoch, 0, WHERE)
+    owned.on_wired(owned.epoch, 0)
+    owned.on_stage_lost(owned.epoch, "killed", now)
+    assert owned.consider(capacities(a=70), now + FIRST_RETRY_SECONDS) != []
+
+
+@pytest.mark.parametrize("make", [started, ready])
+def test_when_a_node_is_lost_the_others_take_its_layers_at_once(make):
+    owned = make(capacities(a=40, b=30))
+    stop, start = owned.consider(capacities(a=40, c=30), 5)
+    assert stop == StopStages(1, (B,)), "nodes that stay replace their stages themselves"
+    assert (start.epoch, nodes(owned), owned.record.state) == (2, [A, C], InstanceState.LOADING)
+    assert owned.record.reason == "1 of 2 stages lost their node"
+
+
+def test_when_the_others_cannot_hold_the_model_their_stages_end_and_it_waits():
+    owned = ready()
+    assert owned.consider(capacities(a=40), 5) == [StopStages(1, (A, B))]
+    assert owned.record.state is InstanceState.WAITING
+    assert "20.0 MB missing" in owned.record.reason
+    assert owned.record.stages == ()
+    [start] = owned.consider(capacities(a=40, b=30), 6)
+    assert start.epoch == 2
+
+
+def test_a_waiting_instance_does_not_hide_a_new_reason():
+    owned = ready()
+    owned.on_stage_lost(1, "killed", 5)
+    owned.consider(capacities(a=40), 6)
+    assert "20.0 MB missing" in owned.record.reason
+
+
+def old_epoch_events(owned):
+    return (
+        owned.on_started(1, 0, ELSEWHERE),
+        owned.on_wired(1, 1),
+        owned.on_stage_lost(1, "an old story", 50),
+        owned.on_progress(1, 0, 5, 10),
+    )
+
+
+@pytest.mark.parametrize("stage", ["loading", "wiring", "ready", "waiting"])
+def test_what_an_earlier_epoch_still_says_changes_nothing(stage):
+    owned = ready()
+    owned.on_stage_lost(1, "killed", 10)
+    if stage != "waiting":
+        owned.consider(capacities(a=40, b=30), 20)
+    if stage in ("wiring", "ready"):
+        for index in range(2):
+            owned.on_started(2, index, WHERE)
+    if stage == "ready":
+        for index in range(2):
+            owned.on_wired(2, index)
+    before = owned.record
+    assert old_epoch_events(owned) == ([], [], [], None)
+    assert owned.record == before
+
+
+def test_what_an_epoch_to_come_would_say_changes_nothing_either():
+    owned = started()
+    before = owned.record
+    assert owned.on_stage_lost(2, "from the future", 0) == []
+    assert owned.on_started(2, 0, WHERE) == []
+    assert owned.record == before
+
+
+def test_progress_is_the_sum_over_the_stages_that_have_reported():
+    owned = started()
+    owned.on_progress(1, 0, 5, 10)
+    owned.on_progress(1, 1, 1, 20)
+    owned.on_progress(1, 0, 9, 10)
+    assert (owned.record.done_bytes, owned.record.total_bytes) == (10, 30)
+
+
+@pytest.mark.parametrize("report", [(1, 2, 5, 10), (1, -1, 5, 10), (1, 0, 11, 10), (1, 0, -1, 10), (1, 0, 0, 2**60)])
+def test_progress_that_cannot_be_is_ignored(report):
+    owned = started()
+    owned.on_progress(*report)
+    assert owned.record.total_bytes == 0
+
+
+def test_asked_to_split_it_moves_to_more_nodes_when_nobody_is_disturbed():
+    owned = ready(capacities(a=70), split=True)
+    more = capacities(a=70, b=60, c=50)
+    assert owned.consider(more, 5, idle=False) == []
+    [start] = owned.consider(more, 5, idle=True)
+    assert isinstance(start, StartStages)
+    assert (start.epoch, len(start.plan.stages), owned.record.state) == (2, 3, InstanceState.LOADING)
+    assert started(capacities(a=70), split=True).consider(more, 5, idle=True) == [], "it is not ready yet"
+
+
+def test_asked_to_split_it_stays_where_it_is_when_that_gives_no_more_stages():
+    owned = ready(capacities(a=40, b=30), split=True)
+    assert owned.consider(capacities(a=400, b=300), 5, idle=True) == []
+
+
+def test_letting_go_stops_every_stage_once():
+    owned = ready()
+    assert owned.stop() == [StopStages(1, (A, B))]
+    assert instance().stop() == []
+
+
+def claim(owner, epoch):
+    return owner, InstanceRecord("tiny-1", MODEL, InstanceState.READY, epoch)
+
+
+@pytest.mark.parametrize(
+    ("claims", "owner"),
+    [
+        ([(A, 1)], A),
+        ([(A, 1), (B, 2)], B),
+        ([(B, 2), (A, 2)], A),
+        ([(C, 3), (B, 3), (A, 1)], B),
+    ],
+)
+def test_of_rival_claims_the_highest_epoch_counts_and_then_the_lowest_owner(claims, owner):
+    assert winner([claim(*one) for one in claims])[0] == owner
+
+
+def lost_instance(*stage_nodes):
+    stages = tuple(StageRecord(node, "cpu", index, index + 1, 1) for index, node in enumerate(stage_nodes))
+    return InstanceRecord("tiny-1", MODEL, InstanceState.READY, 3, stages=stages)
+
+
+@pytest.mark.parametrize(
+    ("stage_nodes", "alive", "holders", "heir"),
+    [
+        ((A, B, C), [C, B], [], B),
+        ((C, B), [A, B, C], [A], B),
+        ((A,), [B, C], [C, B], B),
+        ((A,), [B, C], [C], C),
+        ((A,), [B, C], [A], None),
+        ((), [], [], None),
+    ],
+)
+def test_the_lowest_stage_holder_takes_over_or_else_the_lowest_file_holder(stage_nodes, alive, holders, heir):
+    assert successor(lost_instance(*stage_nodes), alive, holders) == heir
