@@ -28,6 +28,7 @@ format: $(VENV)/.dev-installed ## let ruff format and mend what it can
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.dev-installed ## measurements, one table each
+	$(BIN)/python bench/help_time.py
 	$(BIN)/python bench/link_latency.py
 	$(BIN)/python bench/discovery_time.py
 	$(BIN)/python bench/decode_speed.py

@@ -49,6 +49,11 @@ class Address(Struct, frozen=True, array_like=True):
     port: Annotated[int, Meta(ge=1, le=65535)]
 
 
+MAX_ADDRESSES = 32
+Addresses = Annotated[tuple[Address, ...], Meta(max_length=MAX_ADDRESSES)]
+"""Where one process can be reached. One bound everywhere: what one message admits, the next must carry."""
+
+
 class StageRecord(Struct, frozen=True):
     """One stage of a running instance: layers [start, end) on `device` of `node`, reachable at `addresses`."""
 
@@ -57,7 +62,7 @@ class StageRecord(Struct, frozen=True):
     start: Count
     end: Count
     bytes: Count
-    addresses: Annotated[tuple[Address, ...], Meta(max_length=32)] = ()
+    addresses: Addresses = ()
 
 
 class ModelSummary(Struct, frozen=True):
@@ -104,7 +109,7 @@ class NodeRecord(Struct, frozen=True):
     name: ShortText
     version: ShortText
     counter: Count
-    addresses: Annotated[tuple[Address, ...], Meta(max_length=64)] = ()
+    addresses: Addresses = ()
     devices: Annotated[tuple[DeviceRecord, ...], Meta(max_length=64)] = ()
     models: Annotated[tuple[ModelSummary, ...], Meta(max_length=256)] = ()
     instances: Annotated[tuple[InstanceRecord, ...], Meta(max_length=16)] = ()

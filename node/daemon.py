@@ -191,11 +191,14 @@ class Daemon:
         if self._leaving:
             return
         self.instances.reconsider()
-        for change in changes:
-            member = self.mesh.membership.get(change.node_id)
-            if change.state is MemberState.GONE and member is not None:
-                self._run(self._driver_links.hang_up(change.node_id))
-                self._run(self.launcher.take_over(member.record))
+        gone = [change.node_id for change in changes if change.state is MemberState.GONE]
+        for node_id in gone:
+            self._run(self._driver_links.hang_up(node_id))
+        if gone:
+            # Of all that are gone, not only of the latest: an heir may have died before it took over.
+            for member in self.mesh.membership.members.values():
+                if member.state is MemberState.GONE:
+                    self._run(self.launcher.take_over(member.record))
         self.changed.notify()
 
     async def _tick(self) -> None:
@@ -224,7 +227,7 @@ class Daemon:
         if owner != self.node_id:
             self._run(deliver_over_link(self.mesh, owner, report))
         elif isinstance(report, StageProgress | StageLost) and not self._leaving:
-            self.instances.on_report(report)
+            self.instances.on_report(self.node_id, report)
 
     async def _front(self, record: InstanceRecord) -> ModelFront:
         front = self._fronts.get(record.model.sha256)

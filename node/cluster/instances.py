@@ -132,10 +132,11 @@ class Instances:
                 mine.append(record)
         return mine
 
-    def on_report(self, report: StageProgress | StageLost) -> None:
-        """A member reports on a stage that this node ordered."""
+    def on_report(self, sender: str, report: StageProgress | StageLost) -> None:
+        """A member reports on a stage that this node ordered of it; reports on others' stages are ignored."""
         instance = self._owned.get(report.instance)
-        if instance is None:
+        stages = instance.record.stages if instance is not None else ()
+        if instance is None or report.index >= len(stages) or stages[report.index].node != sender:
             return
         before, actions = instance.record, []
         if isinstance(report, StageProgress):

@@ -54,7 +54,7 @@ class LinkRouter:
         if link.peer.role == "stage":
             await self.host.on_message(link, message)
         elif isinstance(message, StageProgress | StageLost):
-            self.instances.on_report(message)
+            self.instances.on_report(link.peer_id, message)
         else:
             await self.mesh.on_message(link, message)
 

@@ -17,7 +17,7 @@ from msgspec import Struct
 from swarmd.discovery.dial_book import Candidate, DialBook
 from swarmd.discovery.mdns import Sighting
 from swarmd.discovery.peers import PeerAddress
-from swarmd.discovery.records import Address, NodeRecord
+from swarmd.discovery.records import MAX_ADDRESSES, Address, NodeRecord
 from swarmd.node.cluster.membership import MemberChange, Membership, MemberState
 from swarmd.node.cluster.messages import Gossip, Heartbeat, HeartbeatEcho, KnownNode, Publish
 from swarmd.transport.endpoint import Endpoint, LinkRefused
@@ -52,6 +52,7 @@ class Mesh:
         self._on_change = on_change
         self._book = DialBook(endpoint.node_id)
         self._links: dict[str, Link] = {}
+        self._superseded: dict[Link, Link] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._strangers: set[str] = set()
         self._limit = LogLimit()
@@ -116,7 +117,10 @@ class Mesh:
         surplus = self._surplus(link, rival)
         await link.send(Publish(self._own_record()))
         if surplus is not None:
-            self._keep(asyncio.create_task(surplus.close("another link with the same node is kept")))
+            if surplus is link:
+                self._close_surplus(surplus)
+            else:
+                self._superseded[link] = surplus
             return
         gossip = self._gossip()
         for other in [link, *self._links.values()]:
@@ -133,6 +137,9 @@ class Mesh:
                     return
                 self._note_addresses(record, link)
                 self._report(self.membership.on_record(record, now))
+                # The other side knows of the better link only now: had the lesser one gone before, so had this node.
+                if (lesser := self._superseded.pop(link, None)) is not None:
+                    self._close_surplus(lesser)
             case Heartbeat(sent_at=sent_at):
                 self._report(self.membership.on_heard(link.peer_id, now))
                 await self._send(link, HeartbeatEcho(sent_at))
@@ -147,6 +154,7 @@ class Mesh:
     async def on_closed(self, link: Link) -> None:
         """A link with a daemon is down."""
         now = time.monotonic()
+        self._superseded.pop(link, None)
         if self._links.get(link.peer_id) is link:
             del self._links[link.peer_id]
             self.rtt_ms.pop(link.peer_id, None)
@@ -179,6 +187,9 @@ class Mesh:
             return None
         loser = rival if self._links[link.peer_id] is link else link
         return loser if loser.initiator else None
+
+    def _close_surplus(self, link: Link) -> None:
+        self._keep(asyncio.create_task(link.close("another link with the same node is kept")))
 
     def _dialled_by_lower(self, link: Link) -> bool:
         return link.initiator == (self._endpoint.node_id < link.peer_id)
@@ -287,7 +298,7 @@ class Mesh:
 
 def advertised(hosts: Sequence[str], port: int) -> tuple[Address, ...]:
     """The addresses under which a process that listens on every interface can be reached."""
-    return tuple(Address(host, port) for host in hosts[:64])
+    return tuple(Address(host, port) for host in hosts[:MAX_ADDRESSES])
 
 
 def _usable(link: Link) -> bool:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from swarmd.discovery.records import Address, Count, NodeId, NodeRecord, ShortText
+from swarmd.discovery.records import Addresses, Count, NodeId, NodeRecord, ShortText
 from swarmd.node.models.manifest import ModelManifest
 from swarmd.node.serving.messages import DATA_MESSAGES, WireDtype
 
@@ -36,7 +36,7 @@ class KnownNode(Struct, frozen=True, array_like=True):
     """A member and where it may be reached; a hint to dial, proven only by the link."""
 
     id: NodeId
-    addresses: Annotated[tuple[Address, ...], Meta(max_length=64)]
+    addresses: Addresses
 
 
 class Gossip(Struct, frozen=True, tag="gossip"):
@@ -88,7 +88,7 @@ class StartStage(Struct, frozen=True, tag="stage.start"):
 class StageStarted(Struct, frozen=True, tag="stage.started"):
     """The stage is loaded; its process accepts links at these addresses."""
 
-    addresses: Annotated[tuple[Address, ...], Meta(max_length=64)]
+    addresses: Addresses
     weight_bytes: Count
 
 
@@ -109,7 +109,7 @@ class WireStage(Struct, frozen=True, tag="stage.wire"):
     epoch: Count
     n_stages: Count
     next_node: NodeId
-    next_addresses: Annotated[tuple[Address, ...], Meta(max_length=64)]
+    next_addresses: Addresses
 
 
 class StageWired(Struct, frozen=True, tag="stage.wired"):

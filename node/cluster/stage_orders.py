@@ -65,7 +65,7 @@ class StageOrders:
         self._hosts = hosts
         self._deliver = deliver
         self._sources: dict[tuple[str, int], _Source] = {}
-        self._starting: dict[str, asyncio.Task[StageStarted]] = {}
+        self._starting: dict[str, tuple[int, asyncio.Task[StageStarted]]] = {}
         self._unowned: dict[str, float] = {}
         self.host: StageHost | None = None
 
@@ -112,19 +112,22 @@ class StageOrders:
                 await self._stop(job.instance, job.epoch)
 
     def _is_passed(self, job: LoadEngine, claim: tuple[str, int] | None) -> bool:
-        source = self._sources.get((job.instance, job.epoch))
-        if claim is None or source is None:
+        if claim is None:
             return False
         owner, epoch = claim
-        return job.epoch < epoch or (job.epoch == epoch and source.owner != owner)
+        source = self._sources.get((job.instance, job.epoch))
+        return job.epoch < epoch or (job.epoch == epoch and source is not None and source.owner != owner)
 
     async def _start(self, owner: str, order: StartStage) -> StageStarted:
         """An order replaces the one before it, also while that one is still fetching."""
-        before = self._starting.pop(order.instance, None)
-        if before is not None:
-            before.cancel()
+        before, running = self._starting.pop(order.instance, (0, None))
+        if running is not None:
+            if before > order.epoch:
+                self._starting[order.instance] = before, running
+                raise RemoteError("stale_epoch", f"this node starts epoch {before} already")
+            running.cancel()
         task = asyncio.create_task(self._bring_up(owner, order))
-        self._starting[order.instance] = task
+        self._starting[order.instance] = order.epoch, task
         try:
             return await task
         except asyncio.CancelledError:
@@ -133,7 +136,7 @@ class StageOrders:
             task.cancel()
             raise
         finally:
-            if self._starting.get(order.instance) is task:
+            if self._starting.get(order.instance, (0, None))[1] is task:
                 del self._starting[order.instance]
 
     async def _bring_up(self, owner: str, order: StartStage) -> StageStarted:
@@ -173,10 +176,9 @@ class StageOrders:
 
     async def _stop(self, instance: str, epoch: int) -> None:
         assert self.host is not None
-        job = self.host.job(instance)
-        starting = self._starting.get(instance)
-        if starting is not None and (job is None or job.epoch <= epoch):
-            starting.cancel()
+        starting, task = self._starting.get(instance, (0, None))
+        if task is not None and starting <= epoch:
+            task.cancel()
         await self.host.stop(instance, epoch)
 
     def _reachable_first(self, node: str, addresses: tuple[Address, ...]) -> tuple[Address, ...]:

@@ -80,7 +80,8 @@ class Gateway:
         except ValueError as error:
             param = "messages" if request.messages is not None else "prompt"
             raise GenerationError("invalid_request", str(error), param=param) from error
-        outside = [token for token in request.sampling.logit_bias if token >= front.tokenizer.vocab_size]
+        biased = request.sampling.logit_bias
+        outside = [token for token in biased if not 0 <= token < front.tokenizer.vocab_size]
         if outside:
             message = f"logit_bias names token {outside[0]}; the vocabulary has {front.tokenizer.vocab_size}"
             raise GenerationError("invalid_request", message, param="logit_bias")
@@ -103,7 +104,7 @@ class Gateway:
         When the driver or a stage is lost, the prompt and the tokens so far are replayed in the next epoch and the
         answer goes on; if none comes in time, GenerationError `node_lost`.
         """
-        text = TextStream(prepared.front.tokenizer, prepared.request.stop)
+        text = TextStream(prepared.front.tokenizer, prepared.request.stop, continues=prepared.request.messages is None)
         record, lost_at = prepared.record, 0.0
         while True:
             try:

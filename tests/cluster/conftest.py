@@ -1,0 +1,40 @@
+"""What the cluster tests compare with: one node alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.answers import Answer
+from support.swarm import Node
+
+Reference = Callable[..., Answer]
+Reporting = Generator[None, pytest.TestReport, pytest.TestReport]
+
+
+@pytest.fixture(scope="session")
+def solo(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
+    """`solo(prompt, **options)`: what a node alone answers, with nothing else to do; asked once per question."""
+    answers: dict[str, Answer] = {}
+    data_dir = tmp_path_factory.mktemp("solo") / "alone"
+    with Node(data_dir, "--model", str(smollm2_path), "--no-mdns", "--context", "1024", "--threads", "1") as node:
+
+        def ask(prompt: str, **options: Any) -> Answer:
+            question = repr((prompt, sorted(options.items())))
+            if question not in answers:
+                node.until_ready(stages=1)
+                answers[question] = node.answer(prompt, **options)
+            return answers[question]
+
+        yield ask
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Reporting:
+    """A failure in a swarm is seldom understood from one side: show what every node has said."""
+    report = yield
+    if report.failed:
+        report.sections += [(f"log of node {node.name}", node.log[-8000:]) for node in Node.living]
+    return report
