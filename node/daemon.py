@@ -10,14 +10,14 @@ from collections.abc import Coroutine, Sequence
 
 from msgspec import Struct
 
-from swarmd.discovery.addresses import usable_addresses
+from swarmd.discovery.addresses import advertised, usable_addresses
 from swarmd.discovery.mdns import MdnsDiscovery
 from swarmd.discovery.records import InstanceRecord, ModelSummary, NodeRecord
 from swarmd.node.cluster.instances import Instances
 from swarmd.node.cluster.launcher import Launcher
 from swarmd.node.cluster.link_router import LinkRouter
 from swarmd.node.cluster.membership import MemberChange, MemberState
-from swarmd.node.cluster.mesh import Mesh, advertised
+from swarmd.node.cluster.mesh import Mesh
 from swarmd.node.cluster.messages import DAEMON_MESSAGES, StageLost, StageProgress
 from swarmd.node.cluster.model_exchange import ModelExchange
 from swarmd.node.cluster.own_record import OwnRecord

@@ -17,7 +17,7 @@ from msgspec import Struct
 from swarmd.discovery.dial_book import Candidate, DialBook
 from swarmd.discovery.mdns import Sighting
 from swarmd.discovery.peers import PeerAddress
-from swarmd.discovery.records import MAX_ADDRESSES, Address, NodeRecord
+from swarmd.discovery.records import NodeRecord
 from swarmd.node.cluster.membership import MemberChange, Membership, MemberState
 from swarmd.node.cluster.messages import Gossip, Heartbeat, HeartbeatEcho, KnownNode, Publish
 from swarmd.transport.endpoint import Endpoint, LinkRefused
@@ -294,11 +294,6 @@ class Mesh:
                 self._hang_up(change.node_id)
         if changes:
             self._on_change(changes)
-
-
-def advertised(hosts: Sequence[str], port: int) -> tuple[Address, ...]:
-    """The addresses under which a process that listens on every interface can be reached."""
-    return tuple(Address(host, port) for host in hosts[:MAX_ADDRESSES])
 
 
 def _usable(link: Link) -> bool:

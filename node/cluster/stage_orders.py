@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from msgspec import Struct
 
+from swarmd.discovery.addresses import advertised
 from swarmd.discovery.records import Address
-from swarmd.node.cluster.mesh import Mesh, advertised
+from swarmd.node.cluster.mesh import Mesh
 from swarmd.node.cluster.messages import (
     StageLost,
     StageProgress,

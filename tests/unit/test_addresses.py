@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import ifaddr
 
 from swarmd.discovery.addresses import usable_addresses
+from swarmd.discovery.records import MAX_ADDRESSES
 
 
 def test_the_real_machine_has_loopback_last():
@@ -35,4 +36,4 @@ def test_order_and_scopes(monkeypatch):
 def test_the_list_is_bounded(monkeypatch):
     ips = [SimpleNamespace(ip=f"10.0.{i // 250}.{i % 250 + 1}") for i in range(500)]
     monkeypatch.setattr(ifaddr, "get_adapters", lambda: [SimpleNamespace(name="many", ips=ips)])
-    assert len(usable_addresses()) == 64
+    assert len(usable_addresses()) == MAX_ADDRESSES
