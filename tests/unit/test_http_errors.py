@@ -9,6 +9,7 @@ from typing import Any
 import aiohttp
 import pytest
 from support.fake_node import MODEL, FakeNode, piece, serving
+from support.link_fakes import eventually
 
 from swarmd.node.api.server import MAX_BODY_BYTES, HttpServer, make_app
 from swarmd.node.config import ConfigError
@@ -146,7 +147,7 @@ async def test_a_client_that_leaves_cancels_its_generation(stream: bool):
         if stream:
             await reader.readuntil(b"Pa")
         else:
-            await _until(lambda: bool(node.requests))
+            await eventually(lambda: bool(node.requests))
         writer.transport.abort()
         async with asyncio.timeout(10):
             await node.left.wait()
@@ -176,9 +177,3 @@ async def test_an_address_of_another_machine_is_named_with_its_option():
     with pytest.raises(ConfigError, match=r"192\.0\.2\.1:7475 cannot be used .*--listen"):
         await server.start(("192.0.2.1", 7475))
     await server.close()
-
-
-async def _until(condition: Any) -> None:
-    async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0)

@@ -4,7 +4,7 @@ import { request } from "./client.ts";
 import { events } from "./stream.ts";
 
 /** The API's default of 1 lets small models ramble; `swarmd run` uses the same as this. */
-const TEMPERATURE = 0.2;
+const TEMPERATURE = 0;
 
 /** Names of the models that `/v1/models` offers. Throws as `request`. */
 export async function listModels(signal: AbortSignal): Promise<string[]> {
