@@ -112,10 +112,7 @@ class MdnsDiscovery:
             self._trouble = ""
 
     async def _open(self) -> None:
-        try:
-            self._zeroconf = AsyncZeroconf(interfaces=InterfaceChoice.All, ip_version=IPVersion.All)
-        except OSError:  # no IPv6 on this machine
-            self._zeroconf = AsyncZeroconf(interfaces=InterfaceChoice.All, ip_version=IPVersion.V4Only)
+        self._zeroconf = open_zeroconf()
         self._announced = _announceable(usable_addresses())
         # The name is unique already, so the probing of RFC 6762 section 8.1, over a second, is left out.
         self._announcing = await self._zeroconf.async_register_service(
@@ -193,6 +190,14 @@ class MdnsDiscovery:
         if trouble != self._trouble:
             self._trouble = trouble
             log.warning("mdns is limited or off (%s); nodes can be named with --peer HOST:PORT", trouble)
+
+
+def open_zeroconf() -> AsyncZeroconf:
+    """mDNS on every interface, IPv6 too where there is any. Raises OSError, zeroconf.Error or RuntimeError."""
+    try:
+        return AsyncZeroconf(interfaces=InterfaceChoice.All, ip_version=IPVersion.All)
+    except OSError:  # no IPv6 on this machine
+        return AsyncZeroconf(interfaces=InterfaceChoice.All, ip_version=IPVersion.V4Only)
 
 
 def _announceable(addresses: list[str]) -> list[str]:

@@ -76,13 +76,18 @@ class ModelSummary(Struct, frozen=True):
 
 
 class LoadRecord(Struct, frozen=True):
-    """How busy the driver of instance `instance` is; published by the driver's node."""
+    """How busy the driver of instance `instance` is; published by the driver's node.
+
+    Of the `draft_tokens` that it has guessed and verified in this epoch, `accepted_draft_tokens` were right.
+    """
 
     instance: ShortText
     running: Count = 0
     waiting: Count = 0
     kv_tokens_used: Count = 0
     kv_tokens: Count = 0
+    draft_tokens: Count = 0
+    accepted_draft_tokens: Count = 0
 
 
 class InstanceRecord(Struct, frozen=True):

@@ -92,6 +92,9 @@ class Settings(BaseSettings):
     model: Annotated[str, Field(min_length=1, max_length=4096)] = DEFAULT_MODEL
     context: Annotated[int, Field(ge=16, le=1 << 20)] | None = None
     split: bool = False
+    speculate: bool = True
+    draft_model: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
+    kernels: Literal["auto", "native", "torch"] = "auto"
     wire_dtype: Literal["bf16", "f32"] = "bf16"
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_upper)] = "INFO"
 

@@ -26,8 +26,12 @@ from swarmd.node.cluster.stage_orders import StageOrders, deliver_over_link, rea
 from swarmd.node.config import ConfigError, Settings
 from swarmd.node.data_dir import DataDir
 from swarmd.node.hardware import Hardware
+from swarmd.node.models.catalog import ModelNameError
+from swarmd.node.models.draft import bring_draft
+from swarmd.node.models.errors import ModelFileError
 from swarmd.node.models.front import ModelFront
 from swarmd.node.models.store import ModelStore
+from swarmd.node.models.wheel_source import ModelSourceError
 from swarmd.node.options import DEFAULT_LINK_PORT
 from swarmd.node.progress_board import ProgressBoard
 from swarmd.node.serving.driver_links import DriverLinks
@@ -52,7 +56,7 @@ class Daemon:
         self.swarm_tag = credentials.swarm_tag
         self.changed = Signal()
         self.progress = ProgressBoard(self.changed)
-        self.hardware = Hardware(memory=settings.memory, threads=settings.threads)
+        self.hardware = Hardware(memory=settings.memory, threads=settings.threads, kernels=settings.kernels)
         self.store = ModelStore(data_dir.models)
         self.link_port = 0
         self._data_dir = data_dir
@@ -72,6 +76,8 @@ class Daemon:
             lambda: self.mesh,
             self.exchange,
             threads=self.hardware.threads,
+            kernels=settings.kernels,
+            speculate=settings.speculate,
             hosts=usable_addresses,
             deliver=self._deliver,
         )
@@ -114,7 +120,11 @@ class Daemon:
         )
 
     async def start(self) -> None:
-        """Listen for links, announce this node and begin to serve. Raises ConfigError when a port cannot be had."""
+        """Listen for links, announce this node and begin to serve.
+
+        Raises ConfigError when a port or the draft model cannot be had.
+        """
+        await self._bring_draft_model()
         self.link_port = await self._listen()
         self.mesh.add_static(self.settings.peers)
         if self.settings.mdns:
@@ -153,6 +163,17 @@ class Daemon:
     def nodes(self) -> list[NodeRecord]:
         """The records of all nodes that are alive, this one first."""
         return [self._own.current, *self.mesh.membership.alive()]
+
+    async def _bring_draft_model(self) -> None:
+        name = self.settings.draft_model
+        if name is None or not self.settings.speculate:
+            return
+        try:
+            draft = await bring_draft(self.store, name, self.progress.report)
+            self.hardware.take(draft.bytes, "it")
+        except (ModelNameError, ModelFileError, ModelSourceError, OSError, MemoryError) as error:
+            raise ConfigError(f"--draft-model {name}: {error}") from None
+        self.orders.draft_path = draft.path
 
     async def _listen(self) -> int:
         wanted = self.settings.port

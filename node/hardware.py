@@ -13,7 +13,10 @@ from pathlib import Path
 import psutil
 
 from swarmd.discovery.records import DeviceRecord
+from swarmd.node.engine.cpu.library import NativeMissing
+from swarmd.node.engine.cpu.library import load as load_library
 from swarmd.node.version import VERSION
+from swarmd.partition.units import format_bytes
 
 log = logging.getLogger("swarmd.hardware")
 
@@ -34,12 +37,28 @@ class Speed:
 class Hardware:
     """The CPU of this machine as a device of the swarm, with the memory that models may take."""
 
-    def __init__(self, *, memory: int | None, threads: int | None) -> None:
-        """`memory` is the user's cap in bytes; without one it is a share of what is free now."""
+    def __init__(self, *, memory: int | None, threads: int | None, kernels: str) -> None:
+        """`memory` is the user's cap in bytes; without one it is a share of what is free now.
+
+        `kernels` is what is to compute: "auto", "native" or "torch". Plain torch keeps the KV cache in fp32, twice what
+        a plan counts: so that no plan takes too much, such a node offers half of its memory.
+        """
         found = psutil.virtual_memory()
         self.threads = threads or psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
         self.memory_limit = memory if memory is not None else int(found.available * FREE_SHARE)
+        if kernels == "torch" or not _kernels_built():
+            self.memory_limit //= 2
         self.speed = Speed()
+        self._taken = 0
+
+    def take(self, count: int, what: str) -> None:
+        """Keep `count` bytes of the memory for `what`. Raises MemoryError, in plain words, when there is less."""
+        free = self.memory_limit - self._taken
+        if count > free:
+            raise MemoryError(
+                f"{what} needs {format_bytes(count)}; models may take {format_bytes(free)} here (--memory)"
+            )
+        self._taken += count
 
     def device(self) -> DeviceRecord:
         """The CPU as it is now."""
@@ -49,7 +68,7 @@ class Hardware:
             name=processor_name(),
             memory_total=memory.total,
             memory_free=memory.available // FREE_STEP * FREE_STEP,
-            memory_limit=self.memory_limit,
+            memory_limit=self.memory_limit - self._taken,
             memory_bandwidth=self.speed.memory_bandwidth,
             compute=self.speed.compute,
         )
@@ -73,6 +92,14 @@ class Hardware:
             except OSError as error:
                 log.warning("the measurement could not be kept: %s", error)
         self.speed = speed
+
+
+def _kernels_built() -> bool:
+    try:
+        load_library()
+    except NativeMissing:
+        return False
+    return True
 
 
 def processor_name() -> str:

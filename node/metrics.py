@@ -35,12 +35,17 @@ class Metrics:
         self._running = Gauge("swarmd_num_requests_running", "Sequences that hold KV.", labels, registry=r)
         self._waiting = Gauge("swarmd_num_requests_waiting", "Sequences that wait.", labels, registry=r)
         self._kv = Gauge("swarmd_kv_cache_usage_perc", "Share of the KV room in use, 0 to 1.", labels, registry=r)
+        self._drafted = Counter("swarmd_spec_decode_num_draft_tokens", "Tokens guessed ahead.", labels, registry=r)
+        self._accepted = Counter(
+            "swarmd_spec_decode_num_accepted_tokens", "Tokens guessed ahead that were right.", labels, registry=r
+        )
         self._nodes = Gauge("swarmd_nodes_alive", "Nodes of the swarm that are alive.", registry=r)
 
     async def observe(self, model: str, items: AsyncIterator[Piece | Ending]) -> AsyncGenerator[Piece | Ending]:
         """Pass the stream of a model through, counting it. TTFT is from here on, so without tokenizing."""
         last = time.perf_counter()
         first, whole = True, False
+        ttft, itl, generated = self._ttft.labels(model), self._itl.labels(model), self._generated.labels(model)
         try:
             async for item in items:
                 now = time.perf_counter()
@@ -49,8 +54,8 @@ class Metrics:
                     self._prompt.labels(model).inc(item.prompt_tokens)
                     self._success.labels(model, item.reason).inc()
                 elif item.tokens:
-                    (self._ttft if first else self._itl).labels(model).observe(now - last)
-                    self._generated.labels(model).inc(len(item.tokens))
+                    (ttft if first else itl).observe(now - last)
+                    generated.inc(len(item.tokens))
                     first, last = False, now
                 yield item
         except GenerationError as error:
@@ -64,10 +69,12 @@ class Metrics:
     def render(self, loads: Iterable[tuple[str, LoadRecord]], nodes_alive: int) -> bytes:
         """The exposition; `loads` are (model name, load of its driver), and models that are not among them are gone."""
         self._nodes.set(nodes_alive)
-        for gauge in (self._running, self._waiting, self._kv):
-            gauge.clear()
+        for metric in (self._running, self._waiting, self._kv, self._drafted, self._accepted):
+            metric.clear()
         for model, load in loads:
             self._running.labels(model).set(load.running)
             self._waiting.labels(model).set(load.waiting)
             self._kv.labels(model).set(load.kv_tokens_used / load.kv_tokens if load.kv_tokens else 0)
+            self._drafted.labels(model).inc(load.draft_tokens)
+            self._accepted.labels(model).inc(load.accepted_draft_tokens)
         return generate_latest(self._registry)

@@ -68,6 +68,20 @@ OPTIONS: dict[str, Option] = {
         "TOKENS",
     ),
     "split": Option("Spread models started by this node over all nodes, also when one could hold them. Default: off."),
+    "speculate": Option(
+        "Guess tokens ahead from the text so far, where that pays, in the models that this node drives (it holds their "
+        "first layers). The answers stay the same. Default: on."
+    ),
+    "draft_model": Option(
+        "A small model with the vocabulary of the models that this node drives: it guesses tokens ahead for them, and "
+        "takes memory here for that. A name, or the path of a GGUF file. Default: none.",
+        "MODEL",
+    ),
+    "kernels": Option(
+        "What computes: native (swarmd's own CPU kernels), torch (plain PyTorch, slower), or auto: native where it was "
+        "built. Default: auto.",
+        "KIND",
+    ),
     "wire_dtype": Option("How activations travel between stages: bf16, or f32 for exactness. Default: bf16.", "DTYPE"),
     "log_level": Option("DEBUG, INFO, WARNING or ERROR. Default: INFO.", "LEVEL"),
 }

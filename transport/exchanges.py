@@ -89,6 +89,7 @@ class Asked:
 
 
 Send = Callable[[Flow, int, Struct, Buffer], Awaitable[None]]
+SendItem = Callable[[int, Struct], Awaitable[None]]
 Refuse = Callable[[int, RemoteError], None]
 EndStream = Callable[[int], None]
 
@@ -96,8 +97,9 @@ EndStream = Callable[[int], None]
 class Answering:
     """What this side is answering: one task per request or stream, bounded in number and payload bytes."""
 
-    def __init__(self, send: Send, refuse: Refuse, end_stream: EndStream):
+    def __init__(self, send: Send, send_item: SendItem, refuse: Refuse, end_stream: EndStream):
         self._send = send
+        self._send_item = send_item
         self._refuse = refuse
         self._end_stream = end_stream
         self._tasks: dict[int, asyncio.Task[None]] = {}
@@ -118,8 +120,8 @@ class Answering:
         """Answer with a stream of the messages that `answer` yields."""
         window = SendWindow()
 
-        async def send(item: Struct) -> None:
-            await self._send(Flow.STREAM_ITEM, exchange_id, item, b"")
+        def send(item: Struct) -> Awaitable[None]:
+            return self._send_item(exchange_id, item)
 
         async def work() -> None:
             await produce(answer(), window, send)

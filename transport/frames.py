@@ -140,33 +140,43 @@ class FrameDecoder:
 
     def next_frame(self) -> Frame | None:
         """The next whole frame, or None if more bytes are needed. Raises `FrameError`."""
-        while True:
-            if self._target is None and not self._begin():
+        if self._target is None:
+            if self._end - self._start < PRELUDE.size:
                 return None
-            target = self._target
-            if target is None or not self._fill(target):
-                return None
-            self._target = None
-            if self._envelope is not None:
-                frame = Frame(self._envelope, target)
-                self._envelope = None
-                return frame
-            self._envelope = decode_envelope(target)
-            self._target, self._filled = bytearray(self._payload_bytes), 0
+            header, payload = self._prelude()
+            begin = self._start + PRELUDE.size
+            middle, end = begin + header, begin + header + payload
+            if end <= self._end:  # whole already, as small frames are
+                envelope = decode_envelope(bytes(self._scratch[begin:middle]))
+                self._consume(end)
+                return Frame(envelope, bytearray(self._scratch[middle:end]))
+            self._start = begin
+            self._payload_bytes = payload
+            self._target, self._filled = bytearray(header), 0
+        return self._next_part(self._target)
 
-    def _begin(self) -> bool:
-        """Read a prelude from the scratch buffer and make room for its header."""
-        if self._end - self._start < PRELUDE.size:
-            return False
+    def _next_part(self, target: bytearray) -> Frame | None:
+        """Fill header and payload of a frame that comes in pieces."""
+        if not self._fill(target):
+            return None
+        if self._envelope is None:
+            self._envelope = decode_envelope(target)
+            target = self._target = bytearray(self._payload_bytes)
+            self._filled = 0
+            if not self._fill(target):
+                return None
+        frame = Frame(self._envelope, target)
+        self._target = self._envelope = None
+        return frame
+
+    def _prelude(self) -> tuple[int, int]:
+        """The lengths of header and payload that the scratch buffer announces, within the limits."""
         header, payload = PRELUDE.unpack_from(self._scratch, self._start)
         if not 0 < header <= self.limits.header:
             raise FrameError(f"a frame announces a header of {header} bytes; the limit is {self.limits.header}")
         if payload > self.limits.payload:
             raise FrameError(f"a frame announces a payload of {payload} bytes; the limit is {self.limits.payload}")
-        self._start += PRELUDE.size
-        self._payload_bytes = payload
-        self._target, self._filled = bytearray(header), 0
-        return True
+        return header, payload
 
     def _fill(self, target: bytearray) -> bool:
         """Move what the scratch buffer has into `target`; whether it is full."""
@@ -174,10 +184,14 @@ class FrameDecoder:
         if count:
             target[self._filled : self._filled + count] = self._scratch[self._start : self._start + count]
             self._filled += count
-            self._start += count
-            if self._start == self._end:
-                self._start = self._end = 0
+            self._consume(self._start + count)
         return self._filled == len(target)
+
+    def _consume(self, end: int) -> None:
+        """The scratch buffer is used up to here; an empty one begins anew."""
+        self._start = end
+        if self._start == self._end:
+            self._start = self._end = 0
 
 
 def decode_envelope(header: bytes | bytearray) -> Envelope:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from typing import TYPE_CHECKING, Protocol
 
 from msgspec import Struct
@@ -25,10 +25,12 @@ class LinkHandler(Protocol):
         Nothing is dispatched before this returns, so it must not await an answer.
         """
 
-    async def on_message(self, link: Link, message: Struct, payload: bytearray) -> None:
+    def on_message(self, link: Link, message: Struct, payload: bytearray) -> Awaitable[None] | None:
         """A one-way message, in order.
 
-        The link reads on when this returns: it must not await an answer on this link.
+        The link reads on when this returns None, or when what it returns (the coroutine of an `async def`) is done: it
+        must not await an answer on this link. A plain function is called straight from the loop's callback, without a
+        change of tasks: for what must be quick.
         """
 
     async def on_request(self, link: Link, message: Struct, payload: bytearray) -> Answer:

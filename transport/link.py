@@ -10,8 +10,9 @@ from collections.abc import Callable
 import msgspec
 from msgspec import Struct
 
+from swarmd.transport.dispatch import Dispatch
 from swarmd.transport.exchanges import Answering, Asked, Reply
-from swarmd.transport.frames import Buffer, Envelope, Flow, Frame, FrameError, payload_view
+from swarmd.transport.frames import Buffer, Envelope, Flow, FrameError, payload_view
 from swarmd.transport.handler import LinkHandler
 from swarmd.transport.handshake import Introduction
 from swarmd.transport.messages import (
@@ -23,11 +24,11 @@ from swarmd.transport.messages import (
     RemoteError,
     Role,
     Vocabulary,
-    decode_body,
     encode_body,
     one_line,
 )
 from swarmd.transport.outbox import Outbox
+from swarmd.transport.receiver import Receiver
 from swarmd.transport.streams import RemoteStream
 from swarmd.transport.tls_socket import TlsSocket
 
@@ -80,21 +81,11 @@ class Link:
         self._on_breach = on_breach
         self._outbox = Outbox(sock, self._break)
         self._asked = Asked()
-        self._answering = Answering(self._put_message, self._post_error, self._post_end)
+        self._answering = Answering(self._put_message, self._put_item, self._post_error, self._post_end)
         self._telling = False  # `on_closed` is due or running
         self._finished = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self._flows: dict[Flow, Callable[[Frame], None]] = {
-            Flow.REQUEST: self._on_request,
-            Flow.REPLY: self._on_reply,
-            Flow.ERROR: self._on_error,
-            Flow.STREAM: self._on_stream,
-            Flow.STREAM_ITEM: self._on_item,
-            Flow.STREAM_END: lambda frame: self._asked.end(frame.envelope.id),
-            Flow.CANCEL: lambda frame: self._answering.cancel(frame.envelope.id),
-            Flow.CREDIT: self._on_credit,
-            Flow.GOODBYE: self._on_goodbye,
-        }
+        self._dispatch = Dispatch(self, vocabulary, handler, self._asked, self._answering, self._on_goodbye)
 
     def __repr__(self) -> str:
         return f"Link({self.peer.role} {self.peer.name!r} {self.peer_id[:12]} at {self.remote_address})"
@@ -123,6 +114,23 @@ class Link:
         Raises `LinkClosed`, `FrameError` if it is too large, `TypeError` if it is not in the vocabulary.
         """
         await self._put_message(Flow.ONEWAY, 0, message, payload)
+
+    def send_soon(self, message: Struct | msgspec.Raw, payload: Buffer = b"") -> None:
+        """Send a one-way message without waiting: at once if the network is ready, else behind what came before it.
+
+        For senders that bound by themselves how much they have on its way; more than 1024 frames end the link. The
+        payload must stay unchanged for good. The message may have been encoded before (`encode`). Raises `LinkClosed`,
+        `FrameError` if it is too large, `TypeError` if it is not in the vocabulary; a failure that shows later ends the
+        link.
+        """
+        body = message if isinstance(message, msgspec.Raw) else self.encode(message)
+        view = payload_view(payload)
+        self._check_open()
+        self._outbox.post(Envelope(Flow.ONEWAY, 0, body), view)
+
+    def encode(self, message: Struct) -> msgspec.Raw:
+        """A message of this link's vocabulary as it is sent. Raises `TypeError` if it is not in it."""
+        return self._vocabulary.encode(message)
 
     async def request(self, message: Struct, payload: Buffer = b"", *, timeout: float | None = 30) -> Reply:
         """Ask and wait for the answer: (message, payload).
@@ -194,11 +202,20 @@ class Link:
         envelope = Envelope(flow, exchange_id, self._vocabulary.encode(message))
         view = payload_view(payload)
         self._check_open()
+        await self._put(envelope, view)
+
+    async def _put(self, envelope: Envelope, view: memoryview) -> None:
         try:
             await self._outbox.put(envelope, view)
         except OSError as error:
             self._break(f"sending failed: {error.strerror or error}")
             raise LinkClosed(self.close_reason) from error
+
+    async def _put_item(self, exchange_id: int, item: Struct) -> None:
+        envelope = Envelope(Flow.STREAM_ITEM, exchange_id, self._vocabulary.encode(item))
+        self._check_open()
+        if not self._outbox.gather(envelope):
+            await self._put(envelope, memoryview(b""))
 
     def _post(self, flow: Flow, exchange_id: int, body: msgspec.Raw = EMPTY) -> None:
         if not self.closed:
@@ -208,7 +225,9 @@ class Link:
         self._post(Flow.ERROR, exchange_id, encode_body(ErrorBody(error.code[:64], one_line(error.message, 4096))))
 
     def _post_end(self, exchange_id: int) -> None:
-        self._post(Flow.STREAM_END, exchange_id)
+        envelope = Envelope(Flow.STREAM_END, exchange_id, EMPTY)
+        if not self.closed and not self._outbox.gather(envelope):
+            self._outbox.post(envelope)
 
     def _check_open(self) -> None:
         if self.closed:
@@ -264,15 +283,9 @@ class Link:
     async def _receive(self) -> None:
         """Read and dispatch until the link is down; leaves it broken with a reason."""
         try:
-            while not self._sock.closed:
-                frame = self._decoder.next_frame()
-                if frame is not None:
-                    await self._dispatch(frame)
-                elif count := await self._sock.recv_into(self._decoder.buffer()):
-                    self._decoder.advance(count)
-                else:
-                    middle = "in the middle of a frame" if self._decoder.in_frame else "without a goodbye"
-                    self._break(f"the other side closed the connection {middle}")
+            await Receiver(self._sock, self._decoder, self._dispatch.take).run()
+            middle = "in the middle of a frame" if self._decoder.in_frame else "without a goodbye"
+            self._break(f"the other side closed the connection {middle}")
         except FrameError as error:
             self._on_breach(self, error)
             self._post(Flow.GOODBYE, 0, encode_body(one_line(str(error))))
@@ -280,45 +293,5 @@ class Link:
         except OSError as error:
             self._break(f"the connection failed: {error.strerror or error}")
 
-    async def _dispatch(self, frame: Frame) -> None:
-        if self.closed:
-            return  # said goodbye: only the end of the stream is awaited
-        flow = frame.envelope.flow
-        if flow == Flow.ONEWAY:
-            message = self._vocabulary.decode(frame.envelope.body)
-            try:
-                await self._handler.on_message(self, message, frame.payload)
-            except LinkClosed:
-                return
-            except Exception:
-                log.exception("a handler failed on a %s", type(message).__name__)
-        elif flow in self._flows:
-            self._flows[flow](frame)
-        else:
-            raise FrameError(f"a {flow.name} frame is out of place")
-
-    def _on_request(self, frame: Frame) -> None:
-        message = self._vocabulary.decode(frame.envelope.body)
-        answer = self._handler.on_request
-        self._answering.request(frame.envelope.id, len(frame.payload), lambda: answer(self, message, frame.payload))
-
-    def _on_stream(self, frame: Frame) -> None:
-        message = self._vocabulary.decode(frame.envelope.body)
-        answer = self._handler.on_stream
-        self._answering.stream(frame.envelope.id, len(frame.payload), lambda: answer(self, message, frame.payload))
-
-    def _on_reply(self, frame: Frame) -> None:
-        self._asked.reply(frame.envelope.id, self._vocabulary.decode(frame.envelope.body), frame.payload)
-
-    def _on_error(self, frame: Frame) -> None:
-        body = decode_body(frame.envelope.body, ErrorBody)
-        self._asked.error(frame.envelope.id, RemoteError(body.code, body.message))
-
-    def _on_item(self, frame: Frame) -> None:
-        self._asked.item(frame.envelope.id, self._vocabulary.decode(frame.envelope.body))
-
-    def _on_credit(self, frame: Frame) -> None:
-        self._answering.grant(frame.envelope.id, decode_body(frame.envelope.body, int))
-
-    def _on_goodbye(self, frame: Frame) -> None:
-        self._break(f"the other side closed the link: {one_line(decode_body(frame.envelope.body, str))}")
+    def _on_goodbye(self, reason: str) -> None:
+        self._break(f"the other side closed the link: {one_line(reason)}")

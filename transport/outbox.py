@@ -13,6 +13,7 @@ from swarmd.transport.tls_socket import TlsSocket
 # Below this a payload is copied behind its header: one TLS record, one system call.
 _INLINE_BYTES = 16 * 1024
 _MAX_POSTED = 1024
+_NOTHING = memoryview(b"")
 
 
 class _Parcel(NamedTuple):
@@ -34,6 +35,8 @@ class Outbox:
         self._sock = sock
         self._fail = fail
         self._queue: deque[_Parcel] = deque()
+        self._gathered: list[bytes] = []
+        self._gathered_bytes = 0
         self._current: _Parcel | None = None
         self._pump: asyncio.Task[None] | None = None
 
@@ -42,20 +45,13 @@ class Outbox:
 
         `payload` must stay unchanged until the call is over.
         """
-        head = encode_head(envelope, payload.nbytes)
-        owned = payload.nbytes <= _INLINE_BYTES
-        parts = (head + payload,) if owned else (head, payload)
-        if self._pump is None and owned:
-            count = self._sock.send_now(parts[0])
-            if count == len(parts[0]):
-                await self._sock.breathe(count)
-                return
-            parts = (memoryview(parts[0])[count:],)
-        sent = asyncio.get_running_loop().create_future()
-        parcel = _Parcel(parts, owned, sent)
-        self._enqueue(parcel)
+        parcel = self._begin(envelope, payload, asyncio.get_running_loop().create_future)
+        if parcel is None:
+            await self._sock.breathe(len(payload))
+            return
+        assert parcel.sent is not None
         try:
-            await sent
+            await parcel.sent
         except asyncio.CancelledError:
             if parcel in self._queue:
                 self._queue.remove(parcel)
@@ -63,32 +59,72 @@ class Outbox:
                 self._fail("a large frame was cancelled while it was being sent")
             raise
 
-    def post(self, envelope: Envelope) -> None:
-        """Send a small frame without payload and without waiting: for answers of the link itself.
+    def post(self, envelope: Envelope, payload: memoryview = _NOTHING) -> None:
+        """Send a frame without waiting; `payload` must stay unchanged for good. Raises `FrameError` if it is too large.
 
-        Never raises for a connection that is down. A peer that makes us post more than it reads loses the
-        link.
+        Never raises for a connection that is down. Who posts more than the other side reads loses the link.
         """
         if self._sock.closed:
             return
         if len(self._queue) >= _MAX_POSTED:
             self._fail("the other side asks more than it reads")
             return
-        data = memoryview(encode_head(envelope, 0))
         try:
-            count = self._sock.send_now(data) if self._pump is None else 0
+            self._begin(envelope, payload)
         except OSError as error:
             self._fail(f"sending failed: {error.strerror or error}")
-            return
-        if count < len(data):
-            self._enqueue(_Parcel((data[count:],), True, None))
 
-    def _enqueue(self, parcel: _Parcel) -> None:
+    def gather(self, envelope: Envelope) -> bool:
+        """Send a small frame together with others that come in the same turn of the loop, in one TLS record.
+
+        False, and nothing done, when the network is behind: then wait with `put`. Raises `FrameError` if it is too
+        large.
+        """
+        if self._pump is not None:
+            return False
+        frame = encode_head(envelope, 0)
+        if not self._gathered:
+            asyncio.get_running_loop().call_soon(self._send_gathered)
+        self._gathered.append(frame)
+        self._gathered_bytes += len(frame)
+        if self._gathered_bytes > _INLINE_BYTES:
+            self._send_gathered()
+        return True
+
+    def _send_gathered(self) -> None:
+        frames, self._gathered, self._gathered_bytes = self._gathered, [], 0
+        if frames and not self._sock.closed:
+            try:
+                self._send(_Parcel((b"".join(frames),), True, None))
+            except OSError as error:
+                self._fail(f"sending failed: {error.strerror or error}")
+
+    def _begin(
+        self, envelope: Envelope, payload: memoryview, new_future: Callable[[], asyncio.Future[None]] | None = None
+    ) -> _Parcel | None:
+        """Send a frame within the call if that is possible: None. Otherwise it is queued as the parcel returned."""
+        head = encode_head(envelope, payload.nbytes)
+        if self._gathered:
+            self._send_gathered()
+        owned = payload.nbytes <= _INLINE_BYTES
+        parts = (b"".join((head, payload)),) if owned else (head, payload)
+        return self._send(_Parcel(parts, owned, None), new_future)
+
+    def _send(self, parcel: _Parcel, new_future: Callable[[], asyncio.Future[None]] | None = None) -> _Parcel | None:
+        if self._pump is None and parcel.owned:
+            data = parcel.parts[0]
+            count = self._sock.send_now(data)
+            if count == len(data):
+                return None
+            parcel = parcel._replace(parts=(memoryview(data)[count:],))
+        if new_future is not None:
+            parcel = parcel._replace(sent=new_future())
         if self._pump is None:
             self._current = parcel
             self._pump = asyncio.create_task(self._run(parcel), name="link outbox")
         else:
             self._queue.append(parcel)
+        return parcel
 
     async def _run(self, parcel: _Parcel) -> None:
         try:

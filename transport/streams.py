@@ -70,6 +70,13 @@ class RemoteStream:
         self._taken += 1
         return self._items.popleft()
 
+    def arrived(self) -> list[Struct]:
+        """Take the items that are here already, without waiting; perhaps none."""
+        items = list(self._items)
+        self._items.clear()
+        self._taken += len(items)
+        return items
+
     def deliver(self, item: Struct) -> None:
         """Take an item from the receive loop; `FrameError` if the other side ignores the window."""
         if len(self._items) + self._taken >= STREAM_WINDOW:

@@ -13,11 +13,12 @@ import ssl
 from collections.abc import Callable
 
 YIELD_BYTES = 192 * 1024
+_RECORD_BYTES = 16 * 1024  # the most plaintext that a TLS record holds
 _CALL_COST = 4096  # a call on few bytes still costs time: 48 of them without a wait are a turn too
 
 
 class _Readiness:
-    """Waiters for one direction of one descriptor.
+    """Waiters for one direction of one descriptor, or one `listener` that is called every time.
 
     A loop keeps a single callback per descriptor and direction, and adding one is a system call: so the
     callback stays until it fires with nobody waiting.
@@ -29,20 +30,47 @@ class _Readiness:
         self._descriptor = descriptor
         self._waiters: list[asyncio.Future[None]] = []
         self._armed = False
+        self._listener: Callable[[], None] | None = None
 
     async def wait(self) -> None:
+        await self._until_done(self.expect())
+
+    async def watch(self, take: Callable[[], bool]) -> None:
+        """Call `take` at every readiness until it returns True; raises what it raises."""
+        done = self.expect()
+
+        def look() -> None:
+            try:
+                if not take():
+                    return
+            except Exception as error:
+                if not done.done():
+                    done.set_exception(error)
+            else:
+                if not done.done():
+                    done.set_result(None)
+            self._listener = None
+
+        self._listener = look
+        try:
+            await self._until_done(done)
+        finally:
+            self._listener = None
+
+    def expect(self) -> asyncio.Future[None]:
+        """A future for the next readiness, unless `watch` is at work."""
         waiter = asyncio.get_running_loop().create_future()
         self._waiters.append(waiter)
         if not self._armed:
             self._armed = True
-            self._add(self._descriptor, self._fire)
-        try:
-            await waiter
-        finally:
-            if waiter in self._waiters:
-                self._waiters.remove(waiter)
+            self._add(self._descriptor, self.fire)
+        return waiter
 
-    def _fire(self) -> None:
+    def fire(self) -> None:
+        """The descriptor is ready."""
+        if self._listener is not None:
+            self._listener()
+            return
         if not self._waiters:
             self.disarm()
             return
@@ -50,6 +78,13 @@ class _Readiness:
         for waiter in waiters:
             if not waiter.done():
                 waiter.set_result(None)
+
+    async def _until_done(self, waiter: asyncio.Future[None]) -> None:
+        try:
+            await waiter
+        finally:
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
 
     def disarm(self) -> None:
         if self._armed:
@@ -80,6 +115,7 @@ class TlsSocket:
         self._readable = _Readiness(loop.add_reader, loop.remove_reader, descriptor)
         self._writable = _Readiness(loop.add_writer, loop.remove_writer, descriptor)
         self._credit = YIELD_BYTES
+        self._emptied = False  # the last read left nothing behind, as far as we can see
         self.closed = False
 
     async def handshake(self) -> bytes:
@@ -107,17 +143,43 @@ class TlsSocket:
 
         Raises `OSError` (`ssl.SSLError` is one).
         """
-        while True:
-            self._check_open()
-            try:
-                count = self._tls.recv_into(view)
-            except ssl.SSLWantReadError:
-                await self._wait(self._readable)
-            except ssl.SSLWantWriteError:
-                await self._wait(self._writable)
-            else:
-                await self.breathe(count)
-                return count
+        while (count := self.recv_now(view)) is None:
+            await self._wait(self._readable)
+        await self.breathe(count)
+        return count
+
+    def recv_now(self, view: memoryview) -> int | None:
+        """Receive what is there without waiting; None: nothing is, wait until `readable`. 0 at the end of the stream.
+
+        Raises `OSError`.
+        """
+        self._check_open()
+        if self._emptied:
+            self._emptied = False
+            return None
+        try:
+            count = self._tls.recv_into(view)
+        except ssl.SSLWantReadError:
+            return None
+        except ssl.SSLWantWriteError:  # an answer of TLS itself has no room
+            self._writable.expect().add_done_callback(self._read_on)
+            return None
+        # To find that nothing more is there costs an exception; the loop finds out whether something is for nothing.
+        self._emptied = 0 < count < _RECORD_BYTES and not self._tls.pending()
+        return count
+
+    async def readable(self, take: Callable[[], bool]) -> None:
+        """Call `take` from the loop's callback whenever there may be something to read, until it returns True.
+
+        No task is woken meanwhile. What `take` raises is raised here, and `ConnectionError` when the socket is closed.
+        """
+        self._check_open()
+
+        def look() -> bool:
+            self._credit = YIELD_BYTES
+            return take()
+
+        await self._readable.watch(look)
 
     def send_now(self, data: bytes | memoryview) -> int:
         """Send what fits without waiting, at most one TLS record; 0 if the network is not ready.
@@ -145,11 +207,17 @@ class TlsSocket:
                 view = view[count:]
                 await self.breathe(count)
 
+    def charge(self, count: int) -> bool:
+        """Account for `count` bytes moved without waiting; whether they add up to a turn that the loop is owed."""
+        self._credit -= max(count, _CALL_COST)
+        if self._credit > 0:
+            return False
+        self._credit = YIELD_BYTES
+        return True
+
     async def breathe(self, count: int) -> None:
         """Account for `count` bytes moved without waiting; gives the loop a turn when they add up."""
-        self._credit -= max(count, _CALL_COST)
-        if self._credit <= 0:
-            self._credit = YIELD_BYTES
+        if self.charge(count):
             await asyncio.sleep(0)
 
     def end_sending(self) -> None:
@@ -190,6 +258,10 @@ class TlsSocket:
         except BlockingIOError:
             await self._readable.wait()
             return 1
+
+    def _read_on(self, writable: asyncio.Future[None]) -> None:
+        if not writable.cancelled() and writable.exception() is None:
+            self._readable.fire()
 
     async def _wait(self, readiness: _Readiness) -> None:
         self._credit = YIELD_BYTES

@@ -175,44 +175,46 @@ async def _stream(
     errors are typed events.
     """
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
-    async with aclosing(node.observe(prepared)) as items, aclosing(_choices(items, shape)) as choices:
+    async with aclosing(node.observe(prepared)) as items, aclosing(_choices(items, shape)) as chunks:
         try:
-            async for choice, usage in choices:
+            async for choices, usage in chunks:
                 if not response.prepared:
                     await response.prepare(request)
-                body = head | {"choices": [choice] if choice is not None else []}
+                bodies = [head | {"choices": [choice]} for choice in choices]
                 if include_usage:
-                    body["usage"] = usage
-                if choice is not None or include_usage:
-                    await _send(response, body)
+                    bodies = [body | {"usage": None} for body in bodies]
+                    if usage is not None:
+                        bodies.append(head | {"choices": [], "usage": usage})
+                await response.write(b"".join(map(_event, bodies)))
         except GenerationError as error:
             if not response.prepared:
                 raise ApiError.of(error) from error
-            await _send(response, ApiError.of(error).body())
+            await response.write_eof(_event(ApiError.of(error).body()))
         else:
-            await response.write(b"data: [DONE]\n\n")
-    await response.write_eof()
+            await response.write_eof(b"data: [DONE]\n\n")
     return response
 
 
 async def _choices(
     items: AsyncGenerator[Piece | Ending], shape: Chat | Text
-) -> AsyncGenerator[tuple[Json | None, Json | None]]:
-    """(choice, usage) of every chunk, none before the first token; usage comes alone, after the last choice."""
+) -> AsyncGenerator[tuple[list[Json], Json | None]]:
+    """The choices of chunks that are to go out together, and in the end the usage; nothing before the first item."""
     opening = shape.opening()
     async for item in items:
-        if opening is not None:
-            yield opening, None
-            opening = None
+        choices = [opening] if opening is not None else []
+        opening = None
         if isinstance(item, Ending):
-            yield shape.ending(item.reason), None
-            yield None, _usage(item)
-        elif item.text or (shape.logprobs and item.tokens):
-            yield shape.piece(item), None
+            choices.append(shape.ending(item.reason))
+            yield choices, _usage(item)
+            continue
+        if item.text or (shape.logprobs and item.tokens):
+            choices.append(shape.piece(item))
+        if choices:
+            yield choices, None
 
 
-async def _send(response: web.StreamResponse, body: Json) -> None:
-    await response.write(b"data: " + msgspec.json.encode(body) + b"\n\n")
+def _event(body: Json) -> bytes:
+    return b"data: " + msgspec.json.encode(body) + b"\n\n"
 
 
 def _chunk_choice(delta: Json, logprobs: Json | None, reason: str | None) -> Json:

@@ -126,6 +126,17 @@ def models(call: typer.Context) -> None:
 
 
 @app.command()
+@with_options("data_dir", "listen", "port", "peer", "mdns", "memory", "threads")
+def doctor(
+    call: typer.Context, json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False
+) -> None:
+    """Check this machine: kernels, memory, disk, clock, ports, network. Exit status 1 if something needs attention."""
+    from swarmd.node.cli.doctor import doctor as run
+
+    raise typer.Exit(run(call.obj, as_json=json))
+
+
+@app.command()
 @with_options("data_dir")
 def stop(call: typer.Context) -> None:
     """Stop this machine's node."""

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from msgspec import Struct
 
@@ -25,7 +26,7 @@ from swarmd.node.cluster.messages import (
 from swarmd.node.cluster.model_exchange import ModelExchange
 from swarmd.node.models.errors import ModelFileError
 from swarmd.node.models.progress import Progress
-from swarmd.node.serving.messages import LoadEngine
+from swarmd.node.serving.messages import Kernels, LoadEngine
 from swarmd.node.serving.stage_host import StageHost
 from swarmd.transport.link import LinkClosed, RemoteError
 
@@ -46,7 +47,8 @@ class _Source:
 class StageOrders:
     """Carries out orders for this node's stages and reports back to whoever gave them.
 
-    `deliver` hands a report to its owner: over the link, or directly when this node is the owner itself.
+    `deliver` hands a report to its owner: over the link, or directly when this node is the owner itself. The drivers
+    among the stages guess tokens ahead if they are to `speculate`; `draft_path` is their draft model, if there is one.
     """
 
     def __init__(
@@ -56,6 +58,8 @@ class StageOrders:
         exchange: ModelExchange,
         *,
         threads: int,
+        kernels: Kernels,
+        speculate: bool,
         hosts: Callable[[], list[str]],
         deliver: Callable[[str, Struct], None],
     ) -> None:
@@ -67,6 +71,9 @@ class StageOrders:
         self._deliver = deliver
         self._sources: dict[tuple[str, int], _Source] = {}
         self._starting: dict[str, tuple[int, asyncio.Task[StageStarted]]] = {}
+        self._kernels: Kernels = kernels
+        self._speculate = speculate
+        self.draft_path: Path | None = None
         self._unowned: dict[str, float] = {}
         self.host: StageHost | None = None
 
@@ -165,6 +172,9 @@ class StageOrders:
                 context=order.context,
                 threads=self._threads,
                 wire_dtype=order.wire_dtype,
+                kernels=self._kernels,
+                speculate=self._speculate and order.start == 0,
+                draft_path=str(self.draft_path) if self.draft_path is not None and order.start == 0 else "",
             )
         )
         return StageStarted(advertised(self._hosts(), loaded.port), loaded.weight_bytes)

@@ -12,16 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from swarmd.node.engine.backends.base import Backend, LayerCache
+from swarmd.node.engine.stage_compute import KvExhausted, StepError
 
 GROWTH_TOKENS = 64
-
-
-class KvExhausted(RuntimeError):
-    """The sequences would hold more tokens than the stage has room for; nothing was changed."""
-
-
-class StepError(RuntimeError):
-    """A step or a call does not fit the stage's state; nothing was changed."""
 
 
 @dataclass
@@ -47,6 +40,21 @@ class KvCache:
         if seq in self._sequences:
             raise StepError(f"sequence {seq} is open already")
         self._sequences[seq] = _Sequence(layers=[None] * self._n_layers)
+
+    def fork(self, seq: int, source: int, length: int) -> None:
+        """Begin a sequence as a copy of the first `length` tokens of `source`. Raises StepError.
+
+        A step's openings come before its frees, so until these the copy may stand beside what it replaces, beyond the
+        capacity; `reserve` counts again.
+        """
+        if not 0 <= length <= (held := self._find(source).length):
+            raise StepError(f"sequence {source} holds {held} tokens; {length} of them cannot be copied")
+        self.open(seq)
+        self._resize(seq, length)
+        for mine, theirs in zip(self.layers(seq), self.layers(source), strict=True):
+            mine.keys[:, :length] = theirs.keys[:, :length]
+            mine.values[:, :length] = theirs.values[:, :length]
+        self.commit(seq, length)
 
     def length(self, seq: int) -> int:
         """Tokens cached. Raises StepError for an unknown sequence."""

@@ -1,4 +1,4 @@
-"""A stage's engine: weights, KV cache and sampling behind one `step`."""
+"""A stage's engine: the state of its sequences, and sampling, around what computes its layers."""
 
 from __future__ import annotations
 
@@ -6,29 +6,35 @@ import gc
 import logging
 import os
 from collections.abc import Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import msgspec
-import torch
 
-from swarmd.node.engine.backends.base import WIRE_ITEM_BYTES, Array, Backend, RowSpan, WireDtype
-from swarmd.node.engine.backends.torch_cpu import TorchCpuBackend
-from swarmd.node.engine.decoder import Decoder
-from swarmd.node.engine.kv_cache import KvCache, KvExhausted, StepError
 from swarmd.node.engine.sampling import choose
 from swarmd.node.engine.sampling_params import SamplingParams
 from swarmd.node.engine.spec import ArchSpec
-from swarmd.node.engine.weights import ReportProgress, StageWeights, load_stage_weights
-from swarmd.node.models.gguf import GGUFFile
+from swarmd.node.engine.stage_compute import (
+    WIRE_ITEM_BYTES,
+    KvExhausted,
+    Span,
+    StageCompute,
+    StageOutput,
+    StepError,
+    WireDtype,
+)
+from swarmd.node.engine.weights import ReportProgress
 
 __all__ = ["KvExhausted", "Sample", "SequenceChunk", "StageEngine", "StepChunk", "StepError", "StepResult"]
 
 log = logging.getLogger("swarmd.engine")
 
+Kernels = Literal["auto", "native", "torch"]
+"""What computes: our own kernels, plain torch, or our own where they were built."""
+
 
 class StepChunk(Protocol):
-    """What a step needs to know of one sequence: `append(seq, start, tokens)`, and whether to sample after
-    the last.
+    """What a step needs to know of one sequence: `append(seq, start, tokens)`, and after how many of the last tokens
+    to sample.
     """
 
     @property
@@ -38,7 +44,7 @@ class StepChunk(Protocol):
     @property
     def tokens(self) -> Sequence[int]: ...  # noqa: D102
     @property
-    def sample(self) -> bool: ...  # noqa: D102
+    def sample(self) -> int: ...  # noqa: D102
 
 
 class SequenceChunk(msgspec.Struct, frozen=True):
@@ -47,7 +53,7 @@ class SequenceChunk(msgspec.Struct, frozen=True):
     seq: int
     start: int
     tokens: tuple[int, ...]
-    sample: bool = False
+    sample: int = 0
 
 
 class Sample(msgspec.Struct, frozen=True):
@@ -72,17 +78,14 @@ class StepResult(msgspec.Struct, frozen=True):
 class StageEngine:
     """Layers [start, end) of a model. Not thread-safe: one caller, steps in order."""
 
-    def __init__(
-        self, spec: ArchSpec, start: int, end: int, weights: StageWeights, backend: Backend, kv_tokens: int
-    ) -> None:
+    def __init__(self, spec: ArchSpec, start: int, end: int, compute: StageCompute, kv_tokens: int) -> None:
         self.first = start == 0
         self.last = end == spec.n_layers
-        self.weight_bytes = weights.nbytes
+        self.weight_bytes = compute.weight_bytes
         self.kv_tokens = kv_tokens
+        self.kernels = compute.name
         self._spec = spec
-        self._backend = backend
-        self._decoder = Decoder(spec, weights, backend)
-        self._cache = KvCache(backend, end - start, spec.n_kv_heads, spec.head_dim, kv_tokens)
+        self._compute = compute
         self._sampling: dict[int, SamplingParams] = {}
         self._history: dict[int, list[int]] = {}
 
@@ -97,80 +100,93 @@ class StageEngine:
         threads: int,
         kv_tokens: int,
         sparse: bool = False,
+        kernels: Kernels = "auto",
         progress: ReportProgress | None = None,
     ) -> StageEngine:
         """Load a stage from a GGUF file (`sparse`: of which only this stage's tensors need be there).
 
-        `threads` sets torch's thread count for the whole process; `kv_tokens` is the capacity over all
-        sequences. Raises ModelFileError for anything wrong with the file, ValueError for layers outside the
-        model.
+        `kv_tokens` is the capacity over all sequences, each counted in whole blocks of 16. `kernels`: "native" are our
+        own, "torch" is plain torch, "auto" our own if they are there. Raises ModelFileError for anything wrong with the
+        file, ValueError for layers outside the model, NativeMissing for "native" where they are not.
         """
-        torch.set_num_threads(threads)
-        torch.set_grad_enabled(False)
-        backend = TorchCpuBackend()
-        with GGUFFile.open(path, sparse=sparse) as gguf:
-            weights = load_stage_weights(gguf, spec, start, end, backend, progress)
+        compute = _compute_class(kernels).load(
+            path, spec, start, end, threads=threads, kv_tokens=kv_tokens, sparse=sparse, progress=progress
+        )
         gc.collect()
         log.info(
-            "loaded layers %d to %d: %d bytes of weights, backend %s",
+            "loaded layers %d to %d: %d bytes of weights, kernels %s",
             start,
             end - 1,
-            weights.nbytes,
-            backend.name,
+            compute.weight_bytes,
+            compute.name,
         )
-        return cls(spec, start, end, weights, backend, kv_tokens)
+        return cls(spec, start, end, compute, kv_tokens)
 
-    def open(self, seq: int, sampling: SamplingParams) -> None:
-        """Begin an empty sequence. Raises StepError when the id is taken or the sampling names an impossible
+    def open(self, seq: int, sampling: SamplingParams, source: int = -1, length: int = 0) -> None:
+        """Begin a sequence: empty, or as a copy of the first `length` tokens of `source`.
+
+        Raises StepError when the id is taken, the source is unknown or shorter, or the sampling names an impossible
         token.
         """
         outside = [token for token in sampling.logit_bias if not 0 <= token < self._spec.vocab_size]
         if outside:
             raise StepError(f"logit_bias names token {outside[0]}; the vocabulary has {self._spec.vocab_size}")
-        self._cache.open(seq)
+        if source < 0:
+            self._compute.open(seq)
+        else:
+            self._compute.fork(seq, source, length)
         self._sampling[seq] = sampling
-        self._history[seq] = []
+        self._history[seq] = [] if source < 0 else self._history[source][:length]
 
     def length(self, seq: int) -> int:
         """Tokens cached. Raises StepError for an unknown sequence."""
-        return self._cache.length(seq)
+        return self._compute.length(seq)
 
     def truncate(self, seq: int, length: int) -> None:
         """Forget all tokens from position `length` on. Raises StepError if fewer are cached."""
-        self._cache.truncate(seq, length)
+        self._compute.truncate(seq, length)
         del self._history[seq][length:]
 
     def free(self, seq: int) -> None:
         """Forget the sequence and release its memory; unknown ids are let be."""
-        self._cache.free(seq)
+        self._compute.free(seq)
         self._sampling.pop(seq, None)
         self._history.pop(seq, None)
 
     def step(self, chunks: Sequence[StepChunk], hidden: Any, dtype: str) -> StepResult:
         """Append the chunks to their sequences and compute them together.
 
-        The first stage takes `hidden` None and embeds the tokens; the others take the hidden states of all
-        chunks' tokens, [tokens, hidden_size] row-major in `dtype` ("f32" or "bf16"), as any buffer. Raises
-        StepError when a chunk does not continue its sequence, a size is wrong, or the results are not finite;
-        KvExhausted when the cache is full. After either, the sequences are as they were.
+        A chunk that begins before its sequence's end replaces what is cached from there on. The first stage takes
+        `hidden` None and embeds the tokens; the others take the hidden states of all chunks' tokens, [tokens,
+        hidden_size] row-major in `dtype` ("f32" or "bf16"), as any buffer.
+
+        The last stage samples after the last `sample` tokens of a chunk, one position after the other, as long as what
+        it draws is the chunk's own next token (a draft that was right). Raises StepError when a chunk does not continue
+        its sequence, a size is wrong, or the results are not finite; KvExhausted when the cache is full. After either,
+        the sequences are as they were, without what was to be replaced.
         """
         spans = self._checked_spans(chunks)
-        x = self._input(chunks, hidden, dtype)
-        self._cache.reserve({chunk.seq: chunk.start + len(chunk.tokens) for chunk in chunks})
-        if chunks:
-            x = self._decoder.forward(x, spans, [self._cache.layers(chunk.seq) for chunk in chunks])
-        samples = self._samples(x, chunks, spans) if self.last else ()
-        for chunk in chunks:
-            self._cache.commit(chunk.seq, chunk.start + len(chunk.tokens))
-            self._history[chunk.seq] += chunk.tokens
-        return StepResult(None if self.last else self._backend.send(x, cast(WireDtype, dtype)), samples)
+        self._check_input(spans, hidden, dtype)
+        for span in spans:
+            if span.start < self._compute.length(span.seq):
+                self.truncate(span.seq, span.start)
+        wanted = _sampled_rows(chunks) if self.last else []
+        output = self._compute.forward(spans, hidden, cast(WireDtype, dtype), wanted)
+        try:
+            samples = self._samples(chunks, output) if wanted else ()
+        except StepError:
+            for span in spans:
+                self._compute.truncate(span.seq, span.start)
+            raise
+        for span in spans:
+            self._history[span.seq] += span.tokens
+        return StepResult(output.payload, samples)
 
-    def _checked_spans(self, chunks: Sequence[StepChunk]) -> list[RowSpan]:
-        spans: list[RowSpan] = []
-        begin = 0
+    def _checked_spans(self, chunks: Sequence[StepChunk]) -> list[Span]:
+        spans: list[Span] = []
         for chunk in chunks:
-            length = self._cache.length(chunk.seq)
-            if chunk.start != length:
+            length = self._compute.length(chunk.seq)
+            if not 0 <= chunk.start <= length:
                 raise StepError(
                     f"sequence {chunk.seq} holds {length} tokens; a chunk from position {chunk.start} does not fit"
                 )
@@ -183,37 +199,77 @@ class StageEngine:
                 raise StepError(
                     f"sequence {chunk.seq}: a token id is outside the vocabulary of {self._spec.vocab_size}"
                 )
-            spans.append(RowSpan(begin, begin + len(chunk.tokens), chunk.start))
-            begin = spans[-1].end
+            if not 0 <= chunk.sample <= len(chunk.tokens):
+                raise StepError(
+                    f"sequence {chunk.seq}: {chunk.sample} samples were asked of {len(chunk.tokens)} tokens"
+                )
+            spans.append(Span(chunk.seq, chunk.start, chunk.tokens))
         if len({chunk.seq for chunk in chunks}) != len(chunks):
             raise StepError("a sequence stands twice in one step")
         return spans
 
-    def _input(self, chunks: Sequence[StepChunk], hidden: Any, dtype: str) -> Array:
+    def _check_input(self, spans: Sequence[Span], hidden: Any, dtype: str) -> None:
         if dtype not in WIRE_ITEM_BYTES:
             raise StepError(f"hidden states of type {dtype!r} are not understood; use {' or '.join(WIRE_ITEM_BYTES)}")
-        tokens = [token for chunk in chunks for token in chunk.tokens]
-        if self.first:
-            return self._decoder.embed(tokens)
-        columns = self._spec.hidden_size
-        expected = len(tokens) * columns * WIRE_ITEM_BYTES[dtype]
+        rows = sum(len(span.tokens) for span in spans)
+        expected = 0 if self.first else rows * self._spec.hidden_size * WIRE_ITEM_BYTES[dtype]
         given = 0 if hidden is None else memoryview(hidden).nbytes
         if given != expected:
-            raise StepError(f"{given} bytes of hidden states came for {len(tokens)} tokens; {expected} are needed")
-        return self._backend.receive(hidden, cast(WireDtype, dtype), len(tokens), columns)
+            raise StepError(f"{given} bytes of hidden states came for {rows} tokens; {expected} are needed")
 
-    def _samples(self, x: Array, chunks: Sequence[StepChunk], spans: Sequence[RowSpan]) -> tuple[Sample, ...]:
-        wanted = [(chunk, span) for chunk, span in zip(chunks, spans, strict=True) if chunk.sample]
-        if not wanted:
-            return ()
-        logits = self._decoder.head(self._backend.select(x, [span.end - 1 for _, span in wanted]))
+    def _samples(self, chunks: Sequence[StepChunk], output: StageOutput) -> tuple[Sample, ...]:
         samples: list[Sample] = []
-        for row, (chunk, _) in zip(logits, wanted, strict=True):
-            position = chunk.start + len(chunk.tokens)
-            history = [*self._history[chunk.seq], *chunk.tokens]
-            try:
-                choice = choose(row, self._sampling[chunk.seq], history, position)
-            except ValueError as error:
-                raise StepError(f"sequence {chunk.seq}: {error}") from error
-            samples.append(Sample(chunk.seq, position, choice.token, choice.logprob, choice.top))
+        row = 0
+        for chunk in chunks:
+            first = len(chunk.tokens) - chunk.sample
+            for index in range(first, len(chunk.tokens)):
+                sample = self._sample(chunk, index, output, row + index - first)
+                samples.append(sample)
+                if chunk.tokens[index + 1 : index + 2] != (sample.token,):
+                    break
+            row += chunk.sample
         return tuple(samples)
+
+    def _sample(self, chunk: StepChunk, index: int, output: StageOutput, row: int) -> Sample:
+        """The token after the chunk's token `index`, whose logits are row `row` of the output."""
+        assert output.logits is not None
+        position = chunk.start + index + 1
+
+        def history() -> list[int]:
+            return [*self._history[chunk.seq], *chunk.tokens[: index + 1]]
+
+        try:
+            choice = choose(output.logits[row], output.summaries[row], self._sampling[chunk.seq], history, position)
+        except ValueError as error:
+            raise StepError(f"sequence {chunk.seq}: {error}") from error
+        return Sample(chunk.seq, position, choice.token, choice.logprob, choice.top)
+
+
+def _compute_class(kernels: Kernels) -> Any:
+    """What computes: a class with `load`. Imports torch only where it is used. Raises NativeMissing."""
+    from swarmd.node.engine.cpu.library import NativeMissing
+    from swarmd.node.engine.cpu.library import load as load_library
+
+    if kernels != "torch":
+        try:
+            load_library()
+        except NativeMissing as error:
+            if kernels == "native":
+                raise
+            log.warning("%s; computing with plain torch, which is slower", error)
+        else:
+            from swarmd.node.engine.cpu.native_compute import NativeCompute
+
+            return NativeCompute
+    from swarmd.node.engine.torch_compute import TorchCompute
+
+    return TorchCompute
+
+
+def _sampled_rows(chunks: Sequence[StepChunk]) -> list[int]:
+    rows: list[int] = []
+    end = 0
+    for chunk in chunks:
+        end += len(chunk.tokens)
+        rows += range(end - chunk.sample, end)
+    return rows

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from swarmd.node.engine.backends.base import Array, Backend, Prepared
+from swarmd.node.engine.backends.base import Array, Prepared, WeightKeeper
 from swarmd.node.engine.quantized import Weight, from_gguf, llama_row_order
 from swarmd.node.engine.spec import EMBEDDING, HEAD, OUTPUT_NORM, ROPE_FACTORS, ArchSpec, tensor_shapes
 from swarmd.node.models.errors import ModelFileError
@@ -19,7 +19,7 @@ ReportProgress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One decoder layer, as the backend keeps it; Q, K and V are one matrix, and so are gate and up."""
+    """One decoder layer, as a backend keeps it; Q, K and V are one matrix, and so are gate and up."""
 
     attention_norm: Array
     qkv: Prepared
@@ -74,14 +74,14 @@ def load_stage_weights(
     spec: ArchSpec,
     start: int,
     end: int,
-    backend: Backend,
+    keeper: WeightKeeper,
     progress: ReportProgress | None = None,
 ) -> StageWeights:
     """Read, convert and prepare the tensors of layers [start, end), one matrix at a time. Raises
     ModelFileError.
     """
     check_stage_tensors(gguf, spec, start, end)
-    return _Loader(gguf, spec, start, end, backend, progress).load()
+    return _Loader(gguf, spec, start, end, keeper, progress).load()
 
 
 class _Loader:
@@ -91,14 +91,14 @@ class _Loader:
         spec: ArchSpec,
         start: int,
         end: int,
-        backend: Backend,
+        keeper: WeightKeeper,
         progress: ReportProgress | None,
     ) -> None:
         self._gguf = gguf
         self._spec = spec
         self._start = start
         self._end = end
-        self._backend = backend
+        self._keeper = keeper
         self._progress = progress
         self._total = sum(gguf.tensors[name].nbytes for name in tensor_shapes(spec, start, end))
         self._done = 0
@@ -113,7 +113,7 @@ class _Loader:
         if last:
             tied_here = spec.tied_embeddings and embedding is not None
             head = embedding if tied_here else self._matrix(EMBEDDING if spec.tied_embeddings else HEAD)
-        frequencies = self._backend.prepare_vector(self._rope_frequencies())
+        frequencies = self._keeper.prepare_vector(self._rope_frequencies())
         return StageWeights(layers, embedding, output_norm, head, frequencies, self._held)
 
     def _layer(self, layer: int) -> LayerWeights:
@@ -128,14 +128,14 @@ class _Loader:
         )
 
     def _matrix(self, *names: str) -> Prepared:
-        prepared = self._backend.prepare([self._weight(name) for name in names])
+        prepared = self._keeper.prepare([self._weight(name) for name in names])
         self._held += prepared.nbytes
         return prepared
 
     def _vector(self, name: str) -> Array:
         values = self._weight(name).dequantize()
         self._held += values.nbytes
-        return self._backend.prepare_vector(values)
+        return self._keeper.prepare_vector(values)
 
     def _weight(self, name: str) -> Weight:
         info, spec = self._gguf.tensors[name], self._spec

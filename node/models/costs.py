@@ -5,6 +5,7 @@ is loaded.
 from __future__ import annotations
 
 from swarmd.node.engine.backends.base import TILE_ELEMENTS, tile_rows
+from swarmd.node.engine.cpu.library import TILE
 from swarmd.node.engine.quantized import held_bytes
 from swarmd.node.engine.spec import EMBEDDING, HEAD, OUTPUT_NORM, ArchSpec, tensor_shapes
 from swarmd.node.models.errors import ModelFileError
@@ -15,11 +16,14 @@ STEP_ROWS = 512
 """Tokens of the largest step that the workspace provides for."""
 SAMPLED_ROWS = 64
 """Sequences sampled in one step that the workspace provides for."""
+ATTENTION_THREADS = 16
+"""Threads that the workspace provides with room for attention scores, of 8 queries each."""
 
 
-def model_costs(gguf: GGUFFile, spec: ArchSpec) -> ModelCosts:
-    """The costs of every possible stage. Raises ModelFileError for missing tensors and unsupported types
-    anywhere.
+def model_costs(gguf: GGUFFile, spec: ArchSpec, *, native: bool = True) -> ModelCosts:
+    """The costs of every possible stage, computed by our own kernels or else by plain torch.
+
+    Raises ModelFileError for missing tensors and unsupported types anywhere.
     """
     shapes = tensor_shapes(spec, 0, spec.n_layers)
     sizes = {name: _held(gguf, name, shape) for name, shape in shapes.items()}
@@ -28,24 +32,38 @@ def model_costs(gguf: GGUFFile, spec: ArchSpec) -> ModelCosts:
         layer_bytes=tuple(_layer_bytes(sizes, layer) for layer in range(spec.n_layers)),
         embedding_bytes=sizes[EMBEDDING],
         head_bytes=sizes[OUTPUT_NORM] + head,
-        kv_bytes_per_token=2 * spec.n_kv_heads * spec.head_dim * 4,
-        workspace_bytes=workspace_bytes(spec),
+        kv_bytes_per_token=spec.n_kv_heads * (spec.head_dim + _whole_tiles(spec.head_dim)) * (2 if native else 4),
+        workspace_bytes=_native_workspace(spec) if native else _torch_workspace(spec),
         shared_bytes=head if spec.tied_embeddings else 0,
     )
 
 
-def workspace_bytes(spec: ArchSpec) -> int:
-    """A stage's scratch: one dequantized tile (fp32 + codes), the activations of one step, and the sampled
-    logits.
-    """
+def _native_workspace(spec: ArchSpec) -> int:
+    """What `swarmd_workspace` (cpu/native/stage.cpp) takes for the largest step, with the sampled logits."""
+    attended = spec.n_heads * spec.head_dim
+    qkv = attended + 2 * spec.n_kv_heads * spec.head_dim
+    most = max(spec.hidden_size, attended, spec.ffn_size)
+    # Values in fp32, two int8 codes each, and three fp32 numbers per group of 32.
+    prepared = most * (4 + 1 + 1) + most // 32 * 12
+    activations = STEP_ROWS * (4 * (spec.hidden_size + qkv + attended + 2 * spec.ffn_size + spec.head_dim) + prepared)
+    scores = ATTENTION_THREADS * 8 * 4 * (spec.context_length + spec.head_dim)
+    payloads = 2 * STEP_ROWS * spec.hidden_size * 4
+    return activations + scores + payloads + _logits(spec, 4)
+
+
+def _torch_workspace(spec: ArchSpec) -> int:
+    """One dequantized tile (fp32 + codes), the activations of one step, and the sampled logits."""
     columns = max(spec.hidden_size, spec.ffn_size, spec.n_heads * spec.head_dim)
     tile = max(TILE_ELEMENTS, tile_rows(columns) * columns) * 5
     qkv = (spec.n_heads + 2 * spec.n_kv_heads) * spec.head_dim
     activations = STEP_ROWS * 4 * (4 * spec.hidden_size + 2 * qkv + 4 * spec.ffn_size)
-    # fp32 logits twice (tiles, then joined), and sampling's float64 temporaries for one row at a time.
-    logits = spec.vocab_size * (2 * 4 * SAMPLED_ROWS + 6 * 8)
-    frequencies = spec.rope_dim // 2 * 4
-    return tile + activations + logits + frequencies
+    # fp32 logits twice: tiles, then joined.
+    return tile + activations + _logits(spec, 2 * 4) + spec.rope_dim // 2 * 4
+
+
+def _logits(spec: ArchSpec, bytes_each: int) -> int:
+    """Logits of all rows that are sampled, and sampling's float64 temporaries for one row at a time."""
+    return spec.vocab_size * (bytes_each * SAMPLED_ROWS + 6 * 8)
 
 
 def _held(gguf: GGUFFile, name: str, shape: tuple[int, ...]) -> int:
@@ -54,8 +72,14 @@ def _held(gguf: GGUFFile, name: str, shape: tuple[int, ...]) -> int:
         raise ModelFileError(f"{gguf.path.name} lacks tensor {name!r}; it is incomplete or of another kind of model")
     if info.shape != shape:
         raise ModelFileError(f"tensor {name!r} of {gguf.path.name} has shape {info.shape}; the header implies {shape}")
-    return held_bytes(name, info.type, shape)
+    # Our own kernels fill up a matrix's rows to whole tiles.
+    rounded = shape if len(shape) == 1 else (_whole_tiles(shape[0]), shape[1])
+    return held_bytes(name, info.type, rounded)
 
 
 def _layer_bytes(sizes: dict[str, int], layer: int) -> int:
     return sum(size for name, size in sizes.items() if name.startswith(f"blk.{layer}."))
+
+
+def _whole_tiles(rows: int) -> int:
+    return -(-rows // TILE) * TILE

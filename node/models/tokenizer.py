@@ -44,6 +44,7 @@ class Tokenizer:
         self._vocabulary = vocabulary
         self._encoder = encoder
         self._lock = threading.Lock()
+        self._bytes: dict[int, bytes] = {}  # of the tokens asked for so far: most streams share most of theirs
         self._byte_level = byte_level
         self._prefix_space = prefix_space
         self._prefix = [vocabulary.bos_id] if bos and vocabulary.bos_id is not None else []
@@ -128,6 +129,12 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """The UTF-8 bytes that this token stands for, perhaps only a part of a character; a control token's
         are its text. Raises ValueError for an id outside the vocabulary."""
+        known = self._bytes.get(token_id)
+        if known is None:
+            known = self._bytes[token_id] = self._spell(token_id)
+        return known
+
+    def _spell(self, token_id: int) -> bytes:
         if not 0 <= token_id < self.vocab_size:
             raise ValueError(f"token id {token_id} is outside the vocabulary of {self.vocab_size} tokens")
         text = self._vocabulary.tokens[token_id]

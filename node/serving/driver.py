@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from swarmd.discovery.records import LoadRecord
-from swarmd.node.serving.messages import Finished, Generate, Sampled, StepFailed, Token
-from swarmd.node.serving.scheduler import Limits, PlannedStep, Progress, QueueFull, Scheduler
+from swarmd.node.serving.messages import Finished, Generate, Sampled, StepFailed, StepTimes, Token
+from swarmd.node.serving.profile import Profile
+from swarmd.node.serving.scheduler import Scheduler
 from swarmd.node.serving.sequences import Sequence
+from swarmd.node.serving.speculation import Speculation
+from swarmd.node.serving.steps import Limits, PlannedStep, Progress, QueueFull
 from swarmd.transport.link import RemoteError
 
 _Outcome = Token | Finished | RemoteError
+
+MakeGuesses = Callable[[Callable[[], list[list[int]]]], Awaitable[list[list[int]]]]
+"""Runs blocking work where that holds up nothing but the computing of steps, and gives its result."""
 
 
 @dataclass
@@ -21,41 +29,73 @@ class _Request:
     outcomes: asyncio.Queue[_Outcome] = field(default_factory=asyncio.Queue)
 
 
+class _Sent(NamedTuple):
+    """A step in flight: when it was planned, and whether no other was in flight then."""
+
+    step: PlannedStep
+    at: float
+    alone: bool
+
+
 class Driver:
     """Takes requests, keeps the pipeline full, and gives every request its tokens.
 
-    `run_step` hands a planned step to the first stage. One driver serves one epoch; when the pipeline breaks,
-    `fail` ends every request with a typed error, so that its entry node can replay it in the next epoch.
+    `run_step` hands a planned step to the first stage. With `speculation`, tokens are guessed ahead; guesses that take
+    time are made by `make_guesses`. One driver serves one epoch; when the pipeline breaks, `fail` ends every request
+    with a typed error, so that its entry node can replay it in the next epoch. `clock` gives seconds.
     """
 
-    def __init__(self, instance: str, limits: Limits, run_step: Callable[[PlannedStep], Awaitable[None]]) -> None:
+    def __init__(
+        self,
+        instance: str,
+        limits: Limits,
+        run_step: Callable[[PlannedStep], Awaitable[None]],
+        speculation: Speculation | None = None,
+        make_guesses: MakeGuesses | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self._instance = instance
         self._limits = limits
-        self._scheduler = Scheduler(limits)
+        self._speculation = speculation
+        self._scheduler = Scheduler(limits, speculation)
         self._run_step = run_step
+        self._make_guesses = make_guesses
+        self._clock = clock
         self._requests: dict[int, _Request] = {}
+        self._sent: dict[int, _Sent] = {}
         self._next_seq = 0
         self._wake = asyncio.Event()
         self._failure: RemoteError | None = None
+        self.profile: Profile | None = None
 
     @property
     def load(self) -> LoadRecord:
-        """How busy the instance is."""
-        scheduler = self._scheduler
+        """How busy the instance is. KV room that ended sequences take counts as free: whoever needs it gets it."""
+        scheduler, speculation = self._scheduler, self._speculation
         return LoadRecord(
             self._instance,
             scheduler.running,
             scheduler.waiting,
             scheduler.kv_tokens_used,
             self._limits.kv_tokens,
+            speculation.drafted if speculation else 0,
+            speculation.accepted if speculation else 0,
         )
+
+    @property
+    def prefix_tokens_reused(self) -> int:
+        """Prompt tokens that were not computed, since somebody before had the same prefix."""
+        return self._scheduler.prefix_tokens_reused
 
     async def run(self) -> None:
         """Plan and send steps for as long as the pipeline lives; returns after `fail`."""
         while self._failure is None:
             self._wake.clear()
-            while (step := self._scheduler.next_step()) is not None:
+            await self._prepare_drafts()
+            while (step := self._plan()) is not None:
+                self._sent[step.step] = _Sent(step, self._clock(), not self._sent)
                 await self._run_step(step)
+                await self._prepare_drafts()
             await self._wake.wait()
 
     async def generate(self, request: Generate) -> AsyncGenerator[Token | Finished]:
@@ -79,12 +119,17 @@ class Driver:
 
     def on_sampled(self, message: Sampled) -> None:
         """The last stage's answer to a step. Raises ValueError for one that was not asked for."""
-        for progress in self._scheduler.on_sampled(message.step, message.choices):
+        sent = self._sent.pop(message.step, None)
+        round_trip_us = (self._clock() - sent.at) * 1e6 if sent is not None else 0.0
+        self._wake.set()  # first in line: the next step goes out before the tokens of this one
+        for progress in self._scheduler.on_sampled(message.step, message.choices, message.times, round_trip_us):
             self._deliver(progress)
-        self._wake.set()
+        if sent is not None:
+            self._learn(sent, message.times, round_trip_us)
 
     def on_step_failed(self, message: StepFailed) -> None:
         """A stage could not run a step: the requests in it end, the others go on."""
+        self._sent.pop(message.step, None)
         for sequence in self._scheduler.on_failed(message.step):
             if request := self._requests.get(sequence.seq):
                 request.outcomes.put_nowait(RemoteError("engine_error", message.reason))
@@ -97,6 +142,28 @@ class Driver:
             for request in self._requests.values():
                 request.outcomes.put_nowait(self._failure)
             self._wake.set()
+
+    def _plan(self) -> PlannedStep | None:
+        begin = self._clock() if self.profile is not None else 0.0
+        step = self._scheduler.next_step()
+        if self.profile is not None and step is not None:
+            self.profile.add("schedule", self._clock() - begin)
+        return step
+
+    async def _prepare_drafts(self) -> None:
+        """Have the guesses that take time made before the step that sends them is planned."""
+        drafts = self._speculation.prepared if self._speculation is not None else None
+        if drafts is None or self._make_guesses is None or len(self._sent) >= self._scheduler.depth:
+            return
+        if asks := drafts.prepare(self._scheduler.to_decode()):
+            drafts.keep(asks, await self._make_guesses(lambda: drafts.guess(asks)))
+
+    def _learn(self, sent: _Sent, times: StepTimes, round_trip_us: float) -> None:
+        """What a step took tells the speculation the price of a guess."""
+        decode, prefill = sent.step.rows
+        if self._speculation is not None and not prefill:
+            alone = sent.alone and not self._sent
+            self._speculation.on_decoded(decode, len(sent.step.chunks), times, round_trip_us, alone=alone)
 
     def _submit(self, request: Generate) -> _Request:
         if self._failure is not None:

@@ -139,14 +139,16 @@ class Gateway:
         link = await self._driver_link(record)
         async with link.stream(order) as items:
             async for item in items:
-                if isinstance(item, Token):
-                    yield text.push(item)
+                # What came together goes on together.
+                came = (item, *items.arrived())
+                if tokens := [token for token in came if isinstance(token, Token)]:
+                    yield text.push(*tokens)
                     if text.stopped:
                         yield Ending("stop", n_prompt, len(text.tokens))
                         return
-                elif isinstance(item, Finished):
+                if isinstance(came[-1], Finished):
                     yield text.finish()
-                    reason = "stop" if text.stopped else item.reason
+                    reason = "stop" if text.stopped else came[-1].reason
                     yield Ending(reason, n_prompt, len(text.tokens))
                     return
         raise LinkClosed("the driver ended the stream early")

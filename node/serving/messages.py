@@ -16,10 +16,15 @@ from swarmd.node.engine.sampling_params import SamplingParams
 
 Tokens = Annotated[tuple[int, ...], Meta(max_length=1 << 20)]
 WireDtype = Literal["f32", "bf16"]
+Kernels = Literal["auto", "native", "torch"]
+"""What computes a stage: our own kernels, plain torch, or our kernels where they are there."""
 
 
 class LoadEngine(Struct, frozen=True, tag="engine.load"):
-    """Daemon to its own stage process: load layers [start, end) of the model file and listen for links."""
+    """Daemon to its own stage process: load layers [start, end) of the model file and listen for links.
+
+    The first stage guesses tokens ahead if it is to `speculate`, also with the draft model at `draft_path` if given.
+    """
 
     instance: str
     epoch: int
@@ -31,6 +36,9 @@ class LoadEngine(Struct, frozen=True, tag="engine.load"):
     context: int
     threads: int
     wire_dtype: WireDtype
+    kernels: Kernels = "auto"
+    speculate: bool = False
+    draft_path: str = ""
 
 
 class EngineLoaded(Struct, frozen=True, tag="engine.loaded"):
@@ -81,24 +89,41 @@ class JoinRing(Struct, frozen=True, tag="ring.join"):
 class Chunk(Struct, frozen=True, array_like=True):
     """`append(seq, start, tokens)`: consecutive tokens of one sequence, the first at position `start`.
 
-    With `sample`, the last stage draws the token that follows.
+    What a stage has cached from `start` on is forgotten first: so drafts that were rejected go away. After each of the
+    last `sample` tokens (0: none) the last stage draws the token that follows, for as long as what it draws is the
+    chunk's own next token.
     """
 
     seq: int
     start: int
     tokens: Tokens
-    sample: bool
+    sample: Annotated[int, Meta(ge=0)]
 
 
 class Opening(Struct, frozen=True, array_like=True):
-    """A sequence begins; it is sampled by these wishes."""
+    """A sequence begins; it is sampled by these wishes.
+
+    With a `source` it begins as a copy of the first `length` tokens that this sequence has cached.
+    """
 
     seq: int
     sampling: SamplingParams
+    source: int = -1
+    length: Annotated[int, Meta(ge=0)] = 0
+
+
+class StepTimes(Struct, frozen=True, array_like=True):
+    """Where a step's time went so far, in microseconds: computing in all stages, in the slowest of them, and waiting
+    between arrival and computing in all.
+    """
+
+    compute_us: int = 0
+    slowest_us: int = 0
+    wait_us: int = 0
 
 
 class Step(Struct, frozen=True, tag="ring.step"):
-    """One micro-batch. Applied in this order: `free`, `open`, then the chunks.
+    """One micro-batch. Applied in this order: `open`, `free`, then the chunks.
 
     The payload is the hidden states, [total tokens of the chunks, hidden size], row-major, in `dtype`; empty for a
     step without chunks.
@@ -110,6 +135,7 @@ class Step(Struct, frozen=True, tag="ring.step"):
     chunks: tuple[Chunk, ...]
     free: tuple[int, ...]
     dtype: WireDtype
+    times: StepTimes = StepTimes()
 
 
 class TokenChoice(Struct, frozen=True, array_like=True):
@@ -123,11 +149,12 @@ class TokenChoice(Struct, frozen=True, array_like=True):
 
 
 class Sampled(Struct, frozen=True, tag="ring.sampled"):
-    """What the last stage drew in one step."""
+    """What the last stage drew in one step: per chunk to be sampled, one token or more at consecutive positions."""
 
     epoch: int
     step: int
     choices: tuple[TokenChoice, ...]
+    times: StepTimes = StepTimes()
 
 
 class StepFailed(Struct, frozen=True, tag="ring.failed"):

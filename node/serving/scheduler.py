@@ -1,86 +1,48 @@
 """Continuous batching over a pipeline: which tokens go into the next step. Pure: no clock, no I/O, no tensors.
 
-As many steps are in flight as there are stages, so that every stage has work; each takes its share of the sequences
-that decode, and the rest of its token budget is filled with prefill, so that a long prompt never holds up who is
-talking.
+So many steps are in flight that every stage has work (`depth`); each takes its share of the sequences that decode,
+with drafts where they pay, and then a chunk of prefill, of a size that does not hold up who is talking. A prompt begins
+with what somebody before it has computed of it.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
-from typing import Literal
 
-from swarmd.node.serving.messages import Chunk, Opening, TokenChoice
+from swarmd.node.serving.chunking import chunk_tokens
+from swarmd.node.serving.drafting import Ask, Drafter
+from swarmd.node.serving.in_flight import StepsInFlight
+from swarmd.node.serving.kv_room import KvRoom
+from swarmd.node.serving.messages import Chunk, Opening, StepTimes
 from swarmd.node.serving.sequences import Phase, Sequence
+from swarmd.node.serving.steps import Choices, Limits, PlannedStep, Progress, QueueFull, answered
 
-
-@dataclass(frozen=True)
-class Limits:
-    """`step_tokens` is one step's token budget; `growth` is the KV room kept for a sequence's next tokens.
-
-    Raises ValueError unless a step has room for a token of everybody who runs and one more, so that prefill always
-    gets on.
-    """
-
-    n_stages: int
-    kv_tokens: int
-    context: int
-    step_tokens: int = 128
-    growth: int = 32
-    max_running: int = 64
-    max_waiting: int = 256
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.max_running < self.step_tokens or self.growth < 1:
-            raise ValueError(f"limits do not fit together: {self}")
-
-    @property
-    def room(self) -> int:
-        """The most tokens that one sequence can have."""
-        return min(self.context, self.kv_tokens)
-
-
-class QueueFull(Exception):
-    """No more sequences are taken at present; try again later."""
-
-
-@dataclass(frozen=True)
-class PlannedStep:
-    """What one step does to the stages, in the words of the wire."""
-
-    step: int
-    open: tuple[Opening, ...]
-    chunks: tuple[Chunk, ...]
-    free: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """One sequence got a token, or came to its end (`finish` is the reason; a stop token is not shown)."""
-
-    seq: int
-    choice: TokenChoice | None
-    finish: Literal["stop", "length"] | None = None
+UNMEASURED = StepTimes()
 
 
 class Scheduler:
     """The state of all sequences of one instance in one epoch."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, drafter: Drafter | None = None) -> None:
+        self.prefix_tokens_reused = 0
         self._limits = limits
+        self._drafter = drafter
+        self._kv = KvRoom(limits)
+        self._in_flight = StepsInFlight(limits.n_stages)
         self._waiting: deque[Sequence] = deque()
         # In the order of their pipeline ids: the youngest is the last.
         self._running: list[Sequence] = []
         self._by_pipeline: dict[int, Sequence] = {}
-        self._in_flight: dict[int, PlannedStep] = {}
-        self._to_free: list[int] = []
-        self._next_step = 0
+        # Of those who run: whose prompt is on its way, how many are past that, and who of these has a token to send,
+        # longest waiting first. The others await a sample.
+        self._prefilling: Sequence | None = None
+        self._decoding = 0
+        self._ready: deque[Sequence] = deque()
         self._next_pipeline_id = 0
 
     @property
     def running(self) -> int:
-        """Sequences that hold KV."""
+        """Sequences that have begun."""
         return len(self._running)
 
     @property
@@ -90,8 +52,18 @@ class Scheduler:
 
     @property
     def kv_tokens_used(self) -> int:
-        """KV room reserved, in tokens."""
-        return sum(sequence.kv_reserved for sequence in self._running)
+        """KV room, in tokens, reserved for those who run."""
+        return self._kv.used
+
+    @property
+    def kv_tokens_retained(self) -> int:
+        """KV room, in tokens, that sequences which have ended take until somebody needs it."""
+        return self._kv.retained_tokens
+
+    @property
+    def depth(self) -> int:
+        """How many steps may be in flight at present."""
+        return self._in_flight.depth
 
     def submit(self, sequence: Sequence) -> None:
         """Take a sequence. Raises QueueFull, or ValueError when it could never get a token."""
@@ -105,114 +77,160 @@ class Scheduler:
         self._waiting.append(sequence)
 
     def cancel(self, sequence: Sequence) -> None:
-        """Forget a sequence; the next step frees its KV on every stage."""
+        """End a sequence; what the stages have cached of it is retained, or freed by the next step."""
         if sequence.phase is Phase.WAITING and sequence in self._waiting:
             self._waiting.remove(sequence)
         elif sequence.phase is Phase.RUNNING:
-            self._release(sequence)
-        sequence.phase = Phase.DONE
+            self._stop_running(sequence)
+            self._kv.end(sequence)
+        self._finish(sequence)
+
+    def to_decode(self) -> list[Ask]:
+        """Whom the next step asks the drafter about, and for how many drafts at most; for drafts made beforehand."""
+        if self._in_flight.full:
+            return []
+        turn = [self._ready[index] for index in range(self._share())]
+        left = self._draft_rows(len(turn))
+        return [Ask(one.seq, one.tokens, min(left, self._draft_limit(one))) for one in turn]
 
     def next_step(self) -> PlannedStep | None:
         """The next step, or None when the pipeline is full or nothing is ready."""
-        if len(self._in_flight) >= self._limits.n_stages:
+        if self._in_flight.full:
             return None
         # Who is talking takes the KV room that it needs before anybody new is let in: nothing is opened only to be
-        # put back in the same step, whose frees come first.
+        # put back in the same step.
         chunks = self._decode_chunks()
-        opened = self._admit()
-        chunks += self._prefill_chunks(self._limits.step_tokens - len(chunks))
-        if not (chunks or opened or self._to_free):
+        opened = self._prefill(chunks) if self._prefilling or self._waiting else []
+        if not (chunks or self._kv.has_freed):
             return None
-        step = PlannedStep(self._next_step, tuple(opened), tuple(chunks), tuple(self._to_free))
-        self._to_free.clear()
-        self._next_step += 1
-        self._in_flight[step.step] = step
-        return step
+        return self._in_flight.begin(opened, chunks, self._kv.take_freed())
 
-    def on_sampled(self, step: int, choices: tuple[TokenChoice, ...]) -> list[Progress]:
-        """A step came back from the last stage.
+    def on_sampled(
+        self, step: int, choices: Choices, times: StepTimes = UNMEASURED, round_trip_us: float = 0.0
+    ) -> list[Progress]:
+        """A step came back from the last stage, `round_trip_us` after it was planned.
 
-        Raises ValueError when it is not in flight, or is not answered by one token for each that it asked for.
+        Raises ValueError when it is not in flight, or the choices are not those that it asked for (see `answered`).
         """
-        planned = self._in_flight.pop(step, None)
-        if planned is None:
-            raise ValueError(f"step {step} is not in flight")
-        asked = sorted((chunk.seq, chunk.start + len(chunk.tokens)) for chunk in planned.chunks if chunk.sample)
-        if sorted((choice.seq, choice.position) for choice in choices) != asked:
-            raise ValueError(f"step {step} was answered for other positions than it asked for")
-        # Who was cancelled or put back meanwhile is not there any more: its sample comes too late.
-        present = [choice for choice in choices if choice.seq in self._by_pipeline]
-        return [self._take(self._by_pipeline[choice.seq], choice) for choice in present]
+        planned = self._in_flight.returned(step, times, round_trip_us)
+        progress: list[Progress] = []
+        for chunk, got in answered(planned, choices):
+            # Who was cancelled or put back meanwhile is not there any more: its sample comes too late.
+            if (sequence := self._by_pipeline.get(chunk.seq)) is not None:
+                self._take(sequence, chunk, got, progress)
+        return progress
 
     def on_failed(self, step: int) -> list[Sequence]:
         """A stage could not run a step: its sequences are ended, and returned.
 
-        The stages behind that one never saw the step: what it freed is freed again, what it only opened begins anew.
+        The stages behind that one never saw the step, so what it freed is freed again. Steps that were in flight
+        behind it may fail only because they build on it: then their sequences begin anew, though none does so twice.
         """
-        planned = self._in_flight.pop(step, None)
-        if planned is None:
+        found = self._in_flight.failed(step)
+        if found is None:
             return []
-        failed = [self._by_pipeline[chunk.seq] for chunk in planned.chunks if chunk.seq in self._by_pipeline]
+        planned, tainted = found
+        hit = [self._by_pipeline[chunk.seq] for chunk in planned.chunks if chunk.seq in self._by_pipeline]
+        spared = [one for one in hit if tainted and not one.retried]
+        for chunk in planned.chunks:
+            if chunk.seq not in self._by_pipeline:
+                self._kv.discard(chunk.seq)
+        for sequence in sorted(spared, key=lambda one: one.pipeline_id, reverse=True):
+            sequence.retried = True
+            self._put_back(sequence)
+        failed = [one for one in hit if one not in spared]
         for sequence in failed:
-            self.cancel(sequence)
-        for opening in reversed(planned.open):
-            if opening.seq in self._by_pipeline:
-                self._put_back(self._by_pipeline[opening.seq])
-        self._to_free += planned.free
+            self._release(sequence)
+            self._finish(sequence)
+        self._kv.free_again(planned.free)
         return failed
 
-    def _admit(self) -> list[Opening]:
-        opened = []
-        while self._waiting and len(self._running) < self._limits.max_running:
-            sequence = self._waiting[0]
-            need = min(len(sequence.tokens) + self._limits.growth, self._limits.room)
-            if self.kv_tokens_used + need > self._limits.kv_tokens:
-                break
-            self._waiting.popleft()
-            sequence.phase, sequence.kv_reserved, sequence.prefix = Phase.RUNNING, need, len(sequence.tokens)
-            sequence.pipeline_id = self._next_pipeline_id
-            self._next_pipeline_id += 1
-            self._running.append(sequence)
-            self._by_pipeline[sequence.pipeline_id] = sequence
-            opened.append(Opening(sequence.pipeline_id, sequence.sampling))
-        return opened
+    def _share(self) -> int:
+        return min(len(self._ready), self._in_flight.share(self._decoding))
 
     def _decode_chunks(self) -> list[Chunk]:
-        """The next share of those who decode, oldest first.
-
-        Nobody waits for long: who is served is in flight until `n_stages` steps later, and so many shares cover all.
-        """
-        decoding = [sequence for sequence in self._running if not sequence.prefilling]
-        share = -(-len(decoding) // self._limits.n_stages)
-        turn = [sequence for sequence in decoding if sequence.can_decode][:share]
+        turn = [self._ready.popleft() for _ in range(self._share())]
         for sequence in turn:
-            self._grow(sequence)
-        return [self._send(sequence, 1) for sequence in turn if sequence.phase is Phase.RUNNING]
-
-    def _prefill_chunks(self, budget: int) -> list[Chunk]:
+            if sequence.phase is Phase.RUNNING:
+                self._grow(sequence)
+        turn = [sequence for sequence in turn if sequence.phase is Phase.RUNNING]
+        left = self._draft_rows(len(turn))
         chunks: list[Chunk] = []
-        for sequence in self._running:
-            if budget <= 0:
-                break
-            if sequence.prefilling:
-                count = min(budget, sequence.prefix - sequence.sent)
-                chunks.append(self._send(sequence, count))
-                budget -= count
+        for index, sequence in enumerate(turn):
+            drafts = self._drafts(sequence, -(-left // (len(turn) - index))) if left else []
+            left -= len(drafts)
+            start = sequence.sent
+            tokens = (*sequence.tokens[start:], *drafts)
+            sequence.sent, sequence.cached = len(sequence.tokens), start + len(tokens)
+            chunks.append(Chunk(sequence.pipeline_id, start, tokens, len(tokens)))
         return chunks
 
-    def _send(self, sequence: Sequence, count: int) -> Chunk:
-        start, sequence.sent = sequence.sent, sequence.sent + count
-        tokens = tuple(sequence.tokens[start : sequence.sent])
-        return Chunk(sequence.pipeline_id, start, tokens, sequence.sent == len(sequence.tokens))
+    def _draft_rows(self, decoding: int) -> int:
+        if self._drafter is None:
+            return 0
+        return max(0, min(self._limits.draft_rows, self._limits.step_tokens - 1) - decoding)
+
+    def _draft_limit(self, sequence: Sequence) -> int:
+        """How many drafts, if all were right, would not lead past the end of the sequence."""
+        wanted = sequence.max_tokens - sequence.generated
+        return min(wanted, self._limits.room - len(sequence.tokens)) - 1
+
+    def _drafts(self, sequence: Sequence, most: int) -> list[int]:
+        limit = min(most, self._draft_limit(sequence))
+        if self._drafter is None or limit <= 0:
+            return []
+        limit = min(limit, self._kv.reserve(sequence, len(sequence.tokens) + limit) - len(sequence.tokens))
+        return self._drafter.propose(sequence.seq, sequence.tokens, limit)[:limit] if limit > 0 else []
+
+    def _prefill(self, chunks: list[Chunk]) -> list[Opening]:
+        """Add a step's prefill to its chunks, in the order in which the prompts came; returns what it opens."""
+        first = self._prefilling or self._waiting[0]
+        most = self._limits.step_tokens - sum(len(chunk.tokens) for chunk in chunks)
+        budget = chunk_tokens(
+            len(first.tokens), self._limits.n_stages, most, self._in_flight.pace, decoding=self._decoding > 0
+        )
+        opened: list[Opening] = []
+        sent_before: dict[int, int] = {}
+        while budget > 0:
+            if (sequence := self._prefilling) is None:
+                if (opening := self._begin(sent_before)) is None:
+                    break
+                opened.append(opening)
+                continue
+            start = sent_before[sequence.pipeline_id] = sequence.sent
+            end = sequence.sent = sequence.cached = min(start + budget, sequence.prefix)
+            budget -= end - start
+            whole = end == sequence.prefix
+            chunks.append(Chunk(sequence.pipeline_id, start, tuple(sequence.tokens[start:end]), int(whole)))
+            if whole:
+                self._prefilling = None
+                self._decoding += 1
+        return opened
+
+    def _begin(self, sent_before: dict[int, int]) -> Opening | None:
+        """Let in who has waited longest, if there is room for it."""
+        if not self._waiting or len(self._running) >= self._limits.max_running:
+            return None
+        sequence = self._waiting[0]
+        need = min(len(sequence.tokens) + self._limits.growth, self._limits.room)
+        if not self._kv.fits(need) or (fork := self._kv.find(sequence.tokens, sent_before)) is None:
+            return None
+        self._waiting.popleft()
+        self.prefix_tokens_reused += fork.length
+        sequence.phase, sequence.prefix = Phase.RUNNING, len(sequence.tokens)
+        sequence.sent = sequence.cached = fork.length
+        sequence.pipeline_id = self._next_pipeline_id
+        self._next_pipeline_id += 1
+        self._running.append(sequence)
+        self._by_pipeline[sequence.pipeline_id] = self._prefilling = sequence
+        self._kv.begin(sequence, fork, need)
+        return Opening(sequence.pipeline_id, sequence.sampling, fork.source, fork.length)
 
     def _grow(self, sequence: Sequence) -> None:
         """Make sure that the newest token has KV room, putting the youngest sequences back if it must."""
-        while sequence.phase is Phase.RUNNING and len(sequence.tokens) > sequence.kv_reserved:
-            free = self._limits.kv_tokens - self.kv_tokens_used
-            if free > 0:
-                sequence.kv_reserved += min(free, self._limits.growth, self._limits.context - sequence.kv_reserved)
-            else:
-                self._put_back(self._running[-1])
+        need = len(sequence.tokens)
+        while sequence.phase is Phase.RUNNING and self._kv.reserve(sequence, need) < need:
+            self._put_back(self._running[-1])
 
     def _put_back(self, sequence: Sequence) -> None:
         """Give up a sequence's KV; it will be replayed from its tokens when there is room again."""
@@ -221,18 +239,42 @@ class Scheduler:
         self._waiting.appendleft(sequence)
 
     def _release(self, sequence: Sequence) -> None:
+        self._stop_running(sequence)
+        self._kv.drop(sequence)
+
+    def _stop_running(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
         del self._by_pipeline[sequence.pipeline_id]
-        self._to_free.append(sequence.pipeline_id)
-        sequence.kv_reserved = 0
+        if sequence is self._prefilling:
+            self._prefilling = None
+        else:
+            self._decoding -= 1
+            if sequence in self._ready:
+                self._ready.remove(sequence)
 
-    def _take(self, sequence: Sequence, choice: TokenChoice) -> Progress:
-        if choice.token in sequence.stop_tokens:
-            self.cancel(sequence)
-            return Progress(sequence.seq, None, "stop")
-        sequence.tokens.append(choice.token)
-        sequence.generated += 1
-        if sequence.generated >= sequence.max_tokens or len(sequence.tokens) >= self._limits.room:
-            self.cancel(sequence)
-            return Progress(sequence.seq, choice, "length")
-        return Progress(sequence.seq, choice)
+    def _finish(self, sequence: Sequence) -> None:
+        if sequence.phase is not Phase.DONE and self._drafter is not None:
+            self._drafter.forget(sequence.seq)
+        sequence.phase = Phase.DONE
+
+    def _take(self, sequence: Sequence, chunk: Chunk, got: Choices, progress: list[Progress]) -> None:
+        """Choices of a sequence's chunk came: as long as they are its drafts, these are in the caches already."""
+        if chunk.sample > 1 and self._drafter is not None:
+            self._drafter.observe(sequence.seq, chunk.sample - 1, len(got) - 1)
+        right = chunk.start + len(chunk.tokens) - chunk.sample + len(got)
+        for choice in got:
+            if choice.token in sequence.stop_tokens:
+                progress.append(Progress(sequence.seq, None, "stop"))
+                break
+            sequence.tokens.append(choice.token)
+            sequence.generated += 1
+            if sequence.generated >= sequence.max_tokens or len(sequence.tokens) >= self._limits.room:
+                progress.append(Progress(sequence.seq, choice, "length"))
+                break
+            progress.append(Progress(sequence.seq, choice))
+        else:
+            sequence.sent = right
+            self._ready.append(sequence)
+            return
+        sequence.sent = min(right, len(sequence.tokens))
+        self.cancel(sequence)

@@ -11,7 +11,11 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from swarmd.node.serving.drafting import NgramDrafter, PreparedDrafts
 from swarmd.node.serving.messages import DATA_MESSAGES, LoadEngine
+from swarmd.node.serving.model_drafter import ModelDrafter
+from swarmd.node.serving.prompt_wakeup import wake_promptly
+from swarmd.node.serving.speculation import Speculation
 from swarmd.node.serving.stage_process import ReportBytes, StageProcess
 from swarmd.node.version import VERSION
 from swarmd.transport.endpoint import Endpoint
@@ -19,28 +23,57 @@ from swarmd.transport.identity import load_credentials
 from swarmd.transport.link import PROTOCOL_VERSION, Hello, Vocabulary
 
 if TYPE_CHECKING:
+    from swarmd.node.engine.spec import ArchSpec
     from swarmd.node.engine.stage_engine import StageEngine
 
 
 def load_stage(job: LoadEngine, report: ReportBytes) -> StageEngine:
     """Build the engine of a job; imports torch, so it takes seconds. Raises ModelFileError, MemoryError, OSError."""
-    from swarmd.node.engine.spec import ArchSpec
     from swarmd.node.engine.stage_engine import StageEngine
-    from swarmd.node.models.gguf import GGUFFile
 
     path = Path(job.model_path)
-    with GGUFFile.open(path, sparse=job.sparse) as file:
-        spec = ArchSpec.from_gguf(file.metadata, file.tensors)
     return StageEngine.load(
         path,
-        spec,
+        _spec(path, sparse=job.sparse),
         job.start,
         job.end,
         threads=job.threads,
         kv_tokens=job.kv_tokens,
         sparse=job.sparse,
+        kernels=job.kernels,
         progress=report,
     )
+
+
+def load_speculation(job: LoadEngine) -> Speculation | None:
+    """What guesses tokens for the driver of a job: the text so far, and the draft model if there is one.
+
+    Raises ModelFileError for a draft model that cannot be loaded or has another vocabulary, MemoryError, OSError.
+    """
+    if not job.speculate:
+        return None
+    quick = NgramDrafter()
+    if not job.draft_path:
+        return Speculation(quick)
+    from swarmd.node.engine.stage_engine import StageEngine
+    from swarmd.node.models.draft import DRAFT_KV_TOKENS, require_same_vocabulary
+
+    path = Path(job.draft_path)
+    spec = _spec(path, sparse=False)
+    require_same_vocabulary(path, spec, _spec(Path(job.model_path), sparse=job.sparse))
+    kv_tokens = min(DRAFT_KV_TOKENS, spec.context_length)
+    engine = StageEngine.load(
+        path, spec, 0, spec.n_layers, threads=job.threads, kv_tokens=kv_tokens, kernels=job.kernels
+    )
+    return Speculation(PreparedDrafts(quick, ModelDrafter(engine, spec.context_length)))
+
+
+def _spec(path: Path, *, sparse: bool) -> ArchSpec:
+    from swarmd.node.engine.spec import ArchSpec
+    from swarmd.node.models.gguf import GGUFFile
+
+    with GGUFFile.open(path, sparse=sparse) as file:
+        return ArchSpec.from_gguf(file.metadata, file.tensors)
 
 
 async def run(data_dir: Path, daemon_port: int, ticket: str, name: str) -> None:
@@ -48,7 +81,10 @@ async def run(data_dir: Path, daemon_port: int, ticket: str, name: str) -> None:
     credentials = load_credentials(data_dir)
     if credentials is None:
         raise SystemExit(f"{data_dir} holds no identity; stage processes are started by `swarmd`, not by hand")
-    process = StageProcess(load_stage)
+    process = StageProcess(load_stage, load_speculation)
+    wake_promptly()  # this thread; the one that computes is there already
+    # The daemon ends a stage this way; its profile is still to be written.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, process.ended.set)
 
     def hello() -> Hello:
         return Hello(PROTOCOL_VERSION, "stage", name, VERSION, note=ticket)

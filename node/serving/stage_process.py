@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
+from swarmd.node.serving.compute_thread import ComputeThread
 from swarmd.node.serving.driver import Driver
 from swarmd.node.serving.messages import (
     Connect,
@@ -25,8 +27,10 @@ from swarmd.node.serving.messages import (
     Step,
     StepFailed,
 )
+from swarmd.node.serving.profile import Profile, profile_of
 from swarmd.node.serving.ring import RingStage, watch
-from swarmd.node.serving.scheduler import Limits, PlannedStep
+from swarmd.node.serving.speculation import Speculation
+from swarmd.node.serving.steps import Limits, PlannedStep
 from swarmd.transport.endpoint import Endpoint, LinkRefused
 from swarmd.transport.link import Link, LinkClosed, RemoteError
 
@@ -39,23 +43,31 @@ ReportBytes = Callable[[int, int], None]
 LoadStage = Callable[[LoadEngine, ReportBytes], "StageEngine"]
 """Blocking: builds the engine of a job, reporting (bytes done, bytes in all). Raises whatever makes that impossible."""
 
+LoadSpeculation = Callable[[LoadEngine], Speculation | None]
+"""Blocking: builds what guesses tokens for a job, None for nothing. Raises whatever makes a draft model impossible."""
+
 LOAD_REPORT_SECONDS = 0.5
 DIAL_SECONDS = 3.0
+# Python's default is 700: several rounds per second while serving, each while a step waits.
+GC_ALLOCATIONS = 50_000
 
 
 class StageProcess:
     """Handler of all links of one stage process. It ends (`ended` is set) when its daemon's link goes down."""
 
-    def __init__(self, load_stage: LoadStage) -> None:
+    def __init__(self, load_stage: LoadStage, load_speculation: LoadSpeculation = lambda job: None) -> None:
         self._load_stage = load_stage
+        self._load_speculation = load_speculation
         self.ended = asyncio.Event()
         self._endpoint: Endpoint | None = None
         self._daemon: Link | None = None
         self._job: LoadEngine | None = None
         self._engine: StageEngine | None = None
+        self._speculation: Speculation | None = None
         self._ring: RingStage | None = None
         self._ring_links: list[Link] = []
-        self._compute = ThreadPoolExecutor(1, thread_name_prefix="compute")
+        self._compute = ComputeThread()
+        self._profile: Profile | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     async def serve(self, endpoint: Endpoint, daemon_port: int) -> None:
@@ -63,6 +75,8 @@ class StageProcess:
         self._endpoint = endpoint
         self._daemon = await endpoint.dial("127.0.0.1", daemon_port, expect=endpoint.node_id)
         await self.ended.wait()
+        if self._profile is not None:
+            self._profile.report()
 
     async def on_link(self, link: Link) -> None:
         """Links are told apart by what they ask for."""
@@ -78,7 +92,7 @@ class StageProcess:
                 return self._take_previous(link, message)
         raise RemoteError("unknown", f"a stage does not answer {type(message).__name__}")
 
-    async def on_message(self, link: Link, message: Struct, payload: bytearray) -> None:
+    def on_message(self, link: Link, message: Struct, payload: bytearray) -> None:
         """Steps and samples from the stage before this one; anything else is ignored."""
         if self._ring is None or link not in self._ring_links:
             log.warning("%s sent %s without being part of the ring", link.peer.name, type(message).__name__)
@@ -89,7 +103,7 @@ class StageProcess:
             case Sampled():
                 self._ring.on_sampled(message)
             case StepFailed():
-                await self._ring.hand_on_failure(message)
+                self._ring.on_failed(message)
 
     def on_stream(self, link: Link, message: Struct, payload: bytearray) -> AsyncIterator[Struct]:
         """A generation, on the first stage."""
@@ -120,26 +134,33 @@ class StageProcess:
             log.exception("layers %d to %d could not be loaded", job.start, job.end - 1)
             raise RemoteError("load_failed", f"{type(error).__name__}: {error}") from error
         self._engine = engine
+        _settle_memory()
         return EngineLoaded(await self._endpoint.listen(None, 0), engine.weight_bytes)
 
     def _load_engine(self, job: LoadEngine, loop: asyncio.AbstractEventLoop) -> StageEngine:
         def report(done: int, total: int) -> None:
             asyncio.run_coroutine_threadsafe(self._tell_daemon(EngineProgress(done, total)), loop)
 
+        self._speculation = self._load_speculation(job)
         return self._load_stage(job, report)
 
     async def _connect(self, order: Connect) -> Connected:
         job, engine = self._job, self._engine
         if job is None or engine is None:
             raise RemoteError("not_loaded", "this process holds no layers yet")
-        self._ring = RingStage(engine, job.epoch, job.wire_dtype, self._compute)
+        try:
+            self._profile = profile_of(f"stage {job.start}-{job.end - 1}", os.environ.get("SWARMD_PROFILE", ""))
+        except OSError as error:
+            log.warning("no profile is written to SWARMD_PROFILE: %s", error)
+        self._ring = RingStage(
+            engine, job.epoch, job.wire_dtype, self._compute, on_broken=self._on_broken, profile=self._profile
+        )
         if order.n_stages > 1:
             self._ring.following = await self._dial_next(order)
             await self._ring.following.request(JoinRing(job.instance, job.epoch), timeout=DIAL_SECONDS)
             self._ring_links.append(self._ring.following)
         if engine.first:
             self._start_driver(self._ring, job, order.n_stages)
-        self._start(self._ring.run())
         return Connected()
 
     async def _dial_next(self, order: Connect) -> Link:
@@ -165,8 +186,12 @@ class StageProcess:
         async def run_step(step: PlannedStep) -> None:
             ring.begin(Step(job.epoch, step.step, step.open, step.chunks, step.free, job.wire_dtype), None)
 
+        def make_guesses(guess: Callable[[], list[list[int]]]) -> Awaitable[list[list[int]]]:
+            return asyncio.get_running_loop().run_in_executor(self._compute, guess)
+
         limits = Limits(n_stages=n_stages, kv_tokens=job.kv_tokens, context=job.context)
-        ring.driver = Driver(job.instance, limits, run_step)
+        ring.driver = Driver(job.instance, limits, run_step, self._speculation, make_guesses)
+        ring.driver.profile = self._profile
         self._start(ring.driver.run())
         self._start(self._report_load(ring.driver))
 
@@ -181,7 +206,10 @@ class StageProcess:
     def _start(self, work: Coroutine[object, object, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.append(task)
-        watch(task, lambda error: self._start(self._break_ring(f"{type(error).__name__}: {error}")))
+        watch(task, self._on_broken)
+
+    def _on_broken(self, error: BaseException) -> None:
+        self._start(self._break_ring(f"{type(error).__name__}: {error}"))
 
     async def _break_ring(self, reason: str) -> None:
         """This epoch is over: tell the requests, the neighbours (who pass it on by closing too) and the daemon."""
@@ -198,3 +226,12 @@ class StageProcess:
                 await self._daemon.send(message)
             except LinkClosed:
                 self.ended.set()
+
+
+def _settle_memory() -> None:
+    """Spare the garbage collector the model and the libraries, which stay for good, and most of its short rounds: what
+    a step leaves behind is freed without it.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GC_ALLOCATIONS, 20, 20)

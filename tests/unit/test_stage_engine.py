@@ -9,16 +9,34 @@ from typing import Any
 
 import pytest
 import torch
+from support.kernels import why_missing
 from support.tiny_gguf import TinyModel, Type, write_tiny_gguf
 
 from swarmd.node.engine.sampling_params import SamplingParams
 from swarmd.node.engine.spec import ArchSpec
-from swarmd.node.engine.stage_engine import KvExhausted, Sample, SequenceChunk, StageEngine, StepError
+from swarmd.node.engine.stage_engine import Kernels, KvExhausted, Sample, SequenceChunk, StageEngine, StepError
 from swarmd.node.models.errors import ModelFileError
 from swarmd.node.models.gguf import GGUFFile
 
 GREEDY = SamplingParams(temperature=0, top_logprobs=3)
 MODEL = TinyModel(type=Type.Q4_1, types={"token_embd": Type.Q8_0}, context_length=96)
+
+
+CHOSEN: dict[str, Kernels] = {}
+
+
+def plain(samples: Sequence[Sample]) -> list[tuple[int, int, int, float]]:
+    """What must be equal in every arithmetic: torch's attention rounds by the shape of a step, ours does not."""
+    digits = 4 if CHOSEN["kernels"] == "torch" else 12
+    return [(s.seq, s.position, s.token, round(s.logprob, digits)) for s in samples]
+
+
+@pytest.fixture(autouse=True, params=["native", "torch"])
+def kernels(request: pytest.FixtureRequest) -> None:
+    """Every promise of this file is kept by both: our own kernels, and plain torch."""
+    if request.param == "native" and (why := why_missing()):
+        pytest.skip(why)
+    CHOSEN["kernels"] = request.param
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +47,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def load(path: Path, start: int = 0, end: int = MODEL.n_layers, *, kv_tokens: int = 400, **options: Any) -> StageEngine:
     with GGUFFile.open(path) as file:
         spec = ArchSpec.from_gguf(file.metadata, file.tensors)
-    return StageEngine.load(path, spec, start, end, threads=1, kv_tokens=kv_tokens, **options)
+    return StageEngine.load(path, spec, start, end, threads=1, kv_tokens=kv_tokens, **CHOSEN, **options)
 
 
 class Pipeline:
@@ -127,6 +145,59 @@ def test_ragged_batches_equal_solo_bit_for_bit(path: Path) -> None:
         assert run((seq,))[seq] == together[seq]
 
 
+CHOOSY = SamplingParams(temperature=0.8, top_p=0.95, seed=5, repetition_penalty=1.2, prompt_tokens=10)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, CHOOSY], ids=["greedy", "sampled with penalties"])
+@pytest.mark.parametrize("right", [0, 1, 3])
+def test_drafts_change_nothing_but_the_number_of_steps(path: Path, sampling: SamplingParams, right: int) -> None:
+    """Three drafts per step, the first `right` of them true: those and one more token come at once, the rest goes."""
+    prompt, straight = range(10, 20), Pipeline(path, 2).generate(1, range(10, 20), 12, sampling)
+    tokens = [*prompt, *(sample.token for sample in straight)]
+    pipeline = Pipeline(path, 2)
+    pipeline.open(1, sampling)
+    samples = [*pipeline.step(SequenceChunk(1, 0, tuple(prompt), sample=1))]
+    while len(samples) < 8:
+        end = samples[-1].position
+        drafts = [t if i < right else (t + 1) % MODEL.vocab_size for i, t in enumerate(tokens[end + 1 : end + 4])]
+        came = pipeline.step(SequenceChunk(1, end, (samples[-1].token, *drafts), sample=4))
+        assert len(came) == right + 1
+        samples += came
+    assert plain(samples) == plain(straight[: len(samples)])
+
+
+def test_a_chunk_replaces_what_stands_behind_its_beginning(path: Path) -> None:
+    straight = Pipeline(path, 2).generate(1, range(10, 30), 4)
+    pipeline = Pipeline(path, 2)
+    pipeline.open(1)
+    pipeline.step(SequenceChunk(1, 0, (*range(10, 27), 3, 4, 5, 6)))
+    assert plain(pipeline.step(SequenceChunk(1, 17, (27, 28, 29), sample=1))) == plain(straight[:1])
+    assert [stage.length(1) for stage in pipeline.stages] == [20, 20]
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 32, 33])
+def test_a_fork_goes_on_as_if_it_had_computed_its_prefix(path: Path, length: int) -> None:
+    """Source, fork and a fork of the fork write behind a prefix that they share; none sees what another wrote."""
+    prefix = tuple(range(10, 10 + length))
+    tails = {1: (3, 4, 5), 2: (70, 71), 3: (90,)}
+    alone = {}
+    for seq, tail in tails.items():
+        pipeline = Pipeline(path, 2)
+        pipeline.open(seq)
+        alone[seq] = pipeline.step(SequenceChunk(seq, 0, (*prefix, *tail), sample=1))
+    pipeline = Pipeline(path, 2)
+    pipeline.open(1)
+    pipeline.step(SequenceChunk(1, 0, prefix))
+    for seq in (2, 3):
+        for stage in pipeline.stages:
+            stage.open(seq, GREEDY, source=seq - 1, length=length)
+    together = pipeline.step(*(SequenceChunk(seq, length, tail, sample=1) for seq, tail in tails.items()))
+    assert plain(together) == [each for samples in alone.values() for each in plain(samples)]
+    pipeline.free(1)
+    again = pipeline.step(SequenceChunk(2, length, tails[2], sample=1))
+    assert plain(again) == plain(alone[2]), "the source is gone, what it shared is not"
+
+
 def test_truncate_and_go_on(path: Path) -> None:
     straight = Pipeline(path, 2).generate(1, range(10, 20), 6)
     pipeline = Pipeline(path, 2)
@@ -158,12 +229,13 @@ def test_truncation_also_forgets_for_the_penalties(path: Path) -> None:
 
 
 def test_errors_change_nothing(path: Path) -> None:
-    engine = load(path, kv_tokens=30)
+    engine = load(path, kv_tokens=32)
     engine.open(1, GREEDY)
     engine.open(2, GREEDY)
     engine.step([SequenceChunk(1, 0, tuple(range(10, 30)))], None, "f32")
     bad: list[tuple[list[SequenceChunk], str]] = [
-        ([SequenceChunk(1, 19, (1,))], "does not fit"),
+        ([SequenceChunk(1, -1, (1,))], "does not fit"),
+        ([SequenceChunk(1, 20, (1,), 2)], "2 samples"),
         ([SequenceChunk(1, 21, (1,))], "does not fit"),
         ([SequenceChunk(1, 20, ())], "0 tokens"),
         ([SequenceChunk(1, 20, (MODEL.vocab_size,))], "outside the vocabulary"),
@@ -177,12 +249,16 @@ def test_errors_change_nothing(path: Path) -> None:
             engine.step(chunks, None, "f32")
     with pytest.raises(StepError, match="'f16'"):
         engine.step([SequenceChunk(2, 0, (1,))], None, "f16")
-    with pytest.raises(KvExhausted, match="31 tokens"):
-        engine.step([SequenceChunk(1, 20, (1,)), SequenceChunk(2, 0, tuple(range(10)))], None, "f32")
+    with pytest.raises(KvExhausted, match="needed and the stage has"):
+        engine.step([SequenceChunk(1, 20, (1,)), SequenceChunk(2, 0, tuple(range(12)))], None, "f32")
     assert (engine.length(1), engine.length(2)) == (20, 0)
-    assert engine.step([SequenceChunk(1, 20, (30,), True), SequenceChunk(2, 0, tuple(range(9)))], None, "f32").samples
+    assert engine.step([SequenceChunk(1, 20, (30,), 1)], None, "f32").samples
     with pytest.raises(StepError, match="open already"):
         engine.open(1, GREEDY)
+    with pytest.raises(StepError, match="cannot be copied"):
+        engine.open(4, GREEDY, source=1, length=22)
+    with pytest.raises(StepError, match="not open"):
+        engine.open(4, GREEDY, source=9, length=1)
     with pytest.raises(StepError, match="logit_bias"):
         engine.open(3, SamplingParams(logit_bias={MODEL.vocab_size: 1.0}))
 

@@ -10,21 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from swarmd.node.engine.quantized import Weight
+from swarmd.node.engine.stage_compute import WireDtype
 
 Array = Any
 """A backend's own array."""
 
 Prepared = Any
 """A matrix as a backend keeps it; its `nbytes` are the bytes of memory held."""
-
-WireDtype = Literal["f32", "bf16"]
-WIRE_ITEM_BYTES: dict[str, int] = {"f32": 4, "bf16": 2}
-"""Bytes per hidden value, by the name of the type in which hidden states travel."""
 
 TILE_ELEMENTS = 1 << 20
 """At most so many weights are dequantized at a time (unless one row of outputs has more): 4 MiB of fp32."""
@@ -56,10 +53,8 @@ class LayerCache(Protocol):
     values: Array
 
 
-class Backend(Protocol):
-    """About a dozen operations on activations [rows, features] in the backend's working type."""
-
-    name: str
+class WeightKeeper(Protocol):
+    """Turns canonical weights into what a backend keeps, once at load."""
 
     def prepare(self, parts: Sequence[Weight]) -> Prepared:
         """A matrix made of `parts` stacked along the rows (all of the same columns)."""
@@ -68,6 +63,12 @@ class Backend(Protocol):
     def prepare_vector(self, values: np.ndarray) -> Array:
         """A float32 vector (norm weights, rotation frequencies)."""
         ...
+
+
+class Backend(WeightKeeper, Protocol):
+    """About a dozen operations on activations [rows, features] in the backend's working type."""
+
+    name: str
 
     def receive(self, data: Any, dtype: WireDtype, rows: int, columns: int) -> Array:
         """Activations from a buffer of row-major values."""

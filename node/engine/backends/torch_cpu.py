@@ -16,9 +16,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from swarmd.node.engine.backends.base import LayerCache, RowSpan, WireDtype
+from swarmd.node.engine.backends.base import LayerCache, RowSpan
 from swarmd.node.engine.backends.torch_tiles import Scratch, TiledMatrix, product, tiled
 from swarmd.node.engine.quantized import Weight
+from swarmd.node.engine.stage_compute import WireDtype
 
 
 @dataclass

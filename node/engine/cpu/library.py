@@ -1,0 +1,160 @@
+"""The native library and its C interface (native/swarmd_native.h), by ctypes. Calls release the GIL."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_size_t, c_void_p
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+ABI = 2
+TILE = 16
+"""Rows of a matrix that are packed together."""
+GROUP = 32
+"""Columns that share a scale."""
+BLOCK = 16
+"""Tokens in one block of the KV cache."""
+
+LIBRARY_VARIABLE = "SWARMD_NATIVE_LIBRARY"
+"""Environment variable that names another build of the library, such as one with sanitizers."""
+
+
+class NativeMissing(RuntimeError):
+    """The native library is not there, or not for this version; the message says why."""
+
+
+class Segment(Structure):
+    """SwarmdSegment."""
+
+    _fields_ = (
+        ("kind", c_int32),
+        ("bits", c_int32),
+        ("rows", c_int32),
+        ("columns", c_int32),
+        ("codes", c_void_p),
+        ("scales", c_void_p),
+        ("biased", c_int32),
+    )
+
+
+class Matrix(Structure):
+    """SwarmdMatrix."""
+
+    _fields_ = (("rows", c_int32), ("columns", c_int32), ("count", c_int32), ("segments", POINTER(Segment)))
+
+
+class Layer(Structure):
+    """SwarmdLayer."""
+
+    _fields_ = (
+        ("attention_norm", c_void_p),
+        ("qkv", Matrix),
+        ("attention_output", Matrix),
+        ("mlp_norm", c_void_p),
+        ("gate_up", Matrix),
+        ("down", Matrix),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+    )
+
+
+class Stage(Structure):
+    """SwarmdStage."""
+
+    _fields_ = (
+        ("n_layers", c_int32),
+        ("hidden", c_int32),
+        ("heads", c_int32),
+        ("kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("ffn", c_int32),
+        ("kv_blocks", c_int32),
+        ("eps", c_float),
+        ("frequencies", c_void_p),
+        ("layers", POINTER(Layer)),
+        ("embedding", POINTER(Matrix)),
+        ("output_norm", c_void_p),
+        ("head", POINTER(Matrix)),
+    )
+
+
+class Batch(Structure):
+    """SwarmdBatch."""
+
+    _fields_ = (
+        ("rows", c_int32),
+        ("sequences", c_int32),
+        ("first_row", c_void_p),
+        ("start", c_void_p),
+        ("first_block", c_void_p),
+        ("blocks", c_void_p),
+        ("tokens", c_void_p),
+        ("hidden", c_void_p),
+        ("wire", c_int32),
+        ("out", c_void_p),
+        ("wanted", c_int32),
+        ("wanted_rows", c_void_p),
+        ("logits", c_void_p),
+    )
+
+
+class Summary(Structure):
+    """SwarmdSummary."""
+
+    _fields_ = (("finite", c_int32), ("best", c_int32), ("largest", c_float), ("log_normalizer", c_double))
+
+
+_SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
+    "swarmd_abi": (c_int32, ()),
+    "swarmd_isa": (c_char_p, ()),
+    "swarmd_select": (c_int32, (c_char_p,)),
+    "swarmd_pool_new": (c_void_p, (c_int32,)),
+    "swarmd_pool_free": (None, (c_void_p,)),
+    "swarmd_pack": (None, (c_int32, c_int32, c_int32, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p)),
+    "swarmd_pack_dense": (None, (c_int32, c_int32, c_int32, c_void_p, c_void_p)),
+    "swarmd_rows": (None, (POINTER(Matrix), c_void_p, c_int32, c_void_p)),
+    "swarmd_linear": (None, (c_void_p, POINTER(Matrix), c_void_p, c_int32, c_void_p, c_void_p)),
+    "swarmd_linear_workspace": (c_size_t, (POINTER(Matrix), c_int32)),
+    "swarmd_workspace": (c_size_t, (c_void_p, POINTER(Stage), c_int32, c_int32, c_int32)),
+    "swarmd_step": (None, (c_void_p, POINTER(Stage), POINTER(Batch), c_void_p, c_int32)),
+    "swarmd_summarize": (None, (c_void_p, c_int32, c_int32, POINTER(Summary))),
+}
+
+
+def find() -> Path:
+    """Where the library was built. Raises NativeMissing."""
+    if given := os.environ.get(LIBRARY_VARIABLE):
+        return Path(given)
+    for suffix in EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_native{suffix}")
+        if path.is_file():
+            return path
+    raise NativeMissing("the native kernels were not built when swarmd was installed (no C++ compiler?)")
+
+
+@cache
+def load() -> ctypes.CDLL:
+    """The library, its functions typed. Raises NativeMissing."""
+    path = find()
+    try:
+        library = ctypes.CDLL(str(path))
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        raise NativeMissing(f"the native kernels cannot be loaded: {error}") from error
+    if (found := library.swarmd_abi()) != ABI:
+        raise NativeMissing(f"{path} has interface {found}, not {ABI}; install swarmd again")
+    return library
+
+
+def isa() -> str:
+    """The code path in use: "avx512-vnni", "avx2", "neon-dotprod" or "portable". Raises NativeMissing."""
+    return load().swarmd_isa().decode()
+
+
+def select(path: str) -> bool:
+    """Use another code path from now on; False when this machine lacks it. For tests and measurements."""
+    return load().swarmd_select(path.encode()) == 0

@@ -1,0 +1,121 @@
+// What one instruction set offers to a step. Each isa_*.cpp compiles the same templates for its own instructions.
+#pragma once
+
+#include "swarmd_native.h"
+
+namespace swarmd {
+
+constexpr int kTile = SWARMD_TILE;
+constexpr int kGroup = SWARMD_GROUP;
+constexpr int kBlock = SWARMD_BLOCK;
+
+// Rows of activations, as a product reads them. `values` [rows, columns] is there when a segment is dense; the others
+// when one is quantized, group by group: x = scale * code + fine_scale * fine_code. Only groups that stand out have fine
+// codes; in the others fine_scale is 0 and the fine codes are undefined. `sum` is that of the group's x as quantized.
+struct Activations {
+  int rows, columns;
+  float *values;
+  int8_t *codes, *fine_codes;  // [rows, columns]
+  float *scale, *fine_scale, *sum;  // [rows, groups]
+  int groups() const { return columns / kGroup; }
+};
+
+// Where a product goes: y[row * stride + output], added to what is there or stored.
+struct Target {
+  float *y;
+  size_t stride;
+  bool add;
+};
+
+// Queries [first, last) of one sequence's rows on one KV head. `qkv` is [rows, (heads + 2 * kv_heads) * head_dim].
+struct Attention {
+  const float *qkv;
+  size_t qkv_stride;
+  float *out;
+  size_t out_stride;
+  int first_row, first, last;  // rows of the sequence begin at first_row; the queries are first_row + [first, last)
+  int start;                   // position of the sequence's first row
+  int heads, kv_heads, head_dim, kv_head;
+  const uint16_t *keys, *values;  // the KV head's pools
+  const int32_t *blocks;
+  float *scores, *queries;  // scratch: [kMostQueries, scores_stride], [kMostQueries, head_dim]
+  size_t scores_stride;
+};
+
+constexpr int kMostQueries = 8;
+
+struct Kernels {
+  const char *name;
+  // Row `row` of the activations: `x` normed by `weight`; or, when that is null, only quantized from what stands there.
+  void (*prepare)(const float *x, const float *weight, float eps, const Activations &out, int row);
+  // silu(gate) * up of one row [2 * columns] into row `row` of the activations.
+  void (*gate)(const float *gate_up, const Activations &out, int row);
+  // The outputs of tiles [begin, end) of a segment for all rows of the activations; `y` begins at the segment's rows.
+  void (*product)(const SwarmdSegment &segment, int begin, int end, const Activations &x, const Target &target);
+  // Rotates the query and key heads of one row of qkv in place, and stores its keys and values at `offset` of a block.
+  // `keys` and `values` are the first head's; the other heads' blocks lie kv_blocks further on.
+  void (*rotate_and_store)(float *qkv, int heads, int kv_heads, int head_dim, size_t kv_blocks, const float *cos,
+                           const float *sin, uint16_t *keys, uint16_t *values, int offset);
+  void (*attend)(const Attention &task);
+  void (*rows)(const SwarmdSegment &segment, int row, float *out);
+  void (*to_wire)(const float *x, size_t count, uint16_t *bf16);
+  void (*from_wire)(const uint16_t *bf16, size_t count, float *x);
+  SwarmdSummary (*summarize)(const float *logits, int vocab);
+};
+
+// Null when it was not compiled in or the CPU lacks it.
+const Kernels *kernels_avx512();
+const Kernels *kernels_avx2();
+const Kernels *kernels_neon();
+const Kernels *kernels_portable();
+
+// The best of them, or what was selected.
+const Kernels &kernels();
+
+inline int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
+inline int tiles_of(const SwarmdSegment &segment) { return (segment.rows + kTile - 1) / kTile; }
+
+inline float half_to_float(uint16_t half) {
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
+  const uint32_t exponent = (half >> 10) & 31, fraction = half & 1023;
+  union {
+    uint32_t bits;
+    float value;
+  } out;
+  if (exponent == 0) {
+    out.value = static_cast<float>(fraction) * 0x1p-24f;  // zero and the subnormals
+    out.bits |= sign;
+  } else {
+    out.bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | fraction << 13;
+  }
+  return out.value;
+}
+
+// To nearest, ties to even; beyond the largest fp16 it saturates, because one infinite key would spoil a whole sequence.
+inline uint16_t float_to_half(float value) {
+  union {
+    float value;
+    uint32_t bits;
+  } in = {value};
+  const uint16_t sign = static_cast<uint16_t>((in.bits >> 16) & 0x8000);
+  in.bits &= 0x7fffffff;
+  if (in.bits > 0x7f800000) return sign | 0x7e00;  // not a number
+  if (in.value >= 65504.0f) return sign | 0x7bff;
+  if (in.value < 0x1p-14f) {  // subnormal: adding 0.5 leaves the rounded fraction in the low bits
+    in.value += 0.5f;
+    return sign | static_cast<uint16_t>(in.bits - 0x3f000000);
+  }
+  const uint32_t odd = (in.bits >> 13) & 1;
+  in.bits += 0xfff + odd - (112u << 23);
+  return sign | static_cast<uint16_t>(in.bits >> 13);
+}
+
+inline float bf16_to_float(uint16_t bits) {
+  union {
+    uint32_t bits;
+    float value;
+  } out = {static_cast<uint32_t>(bits) << 16};
+  return out.value;
+}
+
+}  // namespace swarmd

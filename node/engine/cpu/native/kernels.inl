@@ -1,0 +1,8 @@
+// All kernels of one instruction set; included inside its namespace, after its vectors.
+#include "vector_math.inl"
+#include "rows.inl"
+#include "product.inl"
+#include "attention.inl"
+#include "unpacked_rows.inl"
+
+static const Kernels table = {kName, prepare, gate, product, rotate_and_store, attend, rows, to_wire, from_wire, summarize};

@@ -1,0 +1,125 @@
+// What happens to one row of activations: normalizing, gating, quantizing, and its way over the wire.
+
+// A group whose largest value is so many times the row's root mean square gets fine codes. A few values of transformers
+// are very large (Dettmers et al. 2022, arXiv:2208.07339), and eight bits for their groups are what most of the error
+// comes from.
+constexpr float kStandsOut = 5.0f;
+
+// The codes of one group: round(x / scale), where scale is `largest` / 127, and their sum. `rest` is what is left of x.
+static inline float encode(const float *x, float largest, int8_t *codes, float *rest) {
+  const float scale = largest / 127.0f;
+  const Floats inverse = set1(largest > 0 ? 127.0f / largest : 0.0f);
+  Floats total = zero();
+  for (int i = 0; i < kGroup; i += kLanes) {
+    const Ints rounded = round_ints(mul(load(x + i), inverse));
+    store_low_bytes(codes + i, rounded);
+    total = add(total, from_ints(rounded));
+    if (rest) store(rest + i, sub(load(x + i), mul(from_ints(rounded), set1(scale))));
+  }
+  return sum_of(total);
+}
+
+static inline float largest_size(const float *x) {
+  Floats peak = abs(load(x));
+  for (int i = kLanes; i < kGroup; i += kLanes) peak = max(peak, abs(load(x + i)));
+  return largest_of(peak);
+}
+
+// The codes of a row of activations from its values.
+static inline void keep(const float *x, const Activations &out, int row) {
+  if (!out.codes) return;
+  const int groups = out.groups();
+  const size_t at = static_cast<size_t>(row) * out.columns, first = static_cast<size_t>(row) * groups;
+  Floats squares = zero();
+  for (int i = 0; i < out.columns; i += kLanes) squares = fma(load(x + i), load(x + i), squares);
+  const float bound = kStandsOut * __builtin_sqrtf(sum_of(squares) / static_cast<float>(out.columns));
+  for (int g = 0; g < groups; g++) {
+    const float *in = x + g * kGroup;
+    const float largest = largest_size(in), scale = largest / 127.0f;
+    float rest[kGroup], fine_scale = 0;
+    const bool stands_out = largest > bound;
+    float sum = scale * encode(in, largest, out.codes + at + g * kGroup, stands_out ? rest : nullptr);
+    if (stands_out) {
+      const float left = largest_size(rest);
+      fine_scale = left / 127.0f;
+      sum += fine_scale * encode(rest, left, out.fine_codes + at + g * kGroup, nullptr);
+    }
+    out.scale[first + g] = scale;
+    out.fine_scale[first + g] = fine_scale;
+    out.sum[first + g] = sum;
+  }
+}
+
+static float *values_of(const Activations &out, int row) {
+  return out.values + static_cast<size_t>(row) * out.columns;
+}
+
+// x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019, arXiv:1910.07467). Without a weight the values are where
+// they belong already.
+static void prepare(const float *x, const float *weight, float eps, const Activations &out, int row) {
+  float *y = values_of(out, row);
+  const int n = out.columns, whole = n / kLanes * kLanes;
+  if (weight) {
+    Floats squares = zero();
+    for (int i = 0; i < whole; i += kLanes) squares = fma(load(x + i), load(x + i), squares);
+    float mean = sum_of(squares);
+    for (int i = whole; i < n; i++) mean += x[i] * x[i];
+    const float factor = 1.0f / __builtin_sqrtf(mean / static_cast<float>(n) + eps);
+    for (int i = 0; i < whole; i += kLanes) store(y + i, mul(mul(load(x + i), set1(factor)), load(weight + i)));
+    for (int i = whole; i < n; i++) y[i] = x[i] * factor * weight[i];
+  }
+  keep(y, out, row);
+}
+
+// silu(gate) * up (Shazeer 2020, arXiv:2002.05202); gate_up is gate and up side by side.
+static void gate(const float *gate_up, const Activations &out, int row) {
+  float *y = values_of(out, row);
+  const int n = out.columns, whole = n / kLanes * kLanes;
+  const float *up = gate_up + n;
+  for (int i = 0; i < whole; i += kLanes) store(y + i, mul(silu(load(gate_up + i)), load(up + i)));
+  for (int i = whole; i < n; i++) y[i] = gate_up[i] / (1.0f + __builtin_expf(-gate_up[i])) * up[i];
+  keep(y, out, row);
+}
+
+static void to_wire(const float *x, size_t count, uint16_t *bf16) {
+  for (size_t i = 0; i < count; i++) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, x + i, 4);
+    const bool nan = (bits & 0x7fffffff) > 0x7f800000;
+    bf16[i] = static_cast<uint16_t>((nan ? bits | 0x400000 : bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  }
+}
+
+static void from_wire(const uint16_t *bf16, size_t count, float *x) {
+  for (size_t i = 0; i < count; i++) x[i] = bf16_to_float(bf16[i]);
+}
+
+// The largest logit, the first place of it, and the logarithm of the sum of exponentials, summed up in double.
+static SwarmdSummary summarize(const float *logits, int vocab) {
+  const int whole = vocab / kLanes * kLanes;
+  Floats peak = set1(logits[0]), check = zero();
+  for (int i = 0; i < whole; i += kLanes) {
+    const Floats x = load(logits + i);
+    peak = max(peak, x);
+    check = fma(x, zero(), check);  // 0 * x is 0 for finite numbers, and not a number for the others
+  }
+  float largest = largest_of(peak), odd = sum_of(check);
+  for (int i = whole; i < vocab; i++) {
+    largest = logits[i] > largest ? logits[i] : largest;
+    odd += logits[i] * 0.0f;
+  }
+  SwarmdSummary out = {odd == 0.0f, 0, largest, 0};
+  if (!out.finite) return out;
+  while (logits[out.best] != largest) out.best++;
+  constexpr int kRun = 64 * kLanes;  // so many are added up in float, the sums of runs in double
+  double total = 0;
+  for (int begin = 0; begin < whole; begin += kRun) {
+    Floats run = zero();
+    for (int i = begin; i < whole && i < begin + kRun; i += kLanes)
+      run = add(run, exponential(sub(load(logits + i), set1(largest))));
+    total += sum_of(run);
+  }
+  for (int i = whole; i < vocab; i++) total += __builtin_exp(static_cast<double>(logits[i]) - largest);
+  out.log_normalizer = largest + __builtin_log(total);
+  return out;
+}

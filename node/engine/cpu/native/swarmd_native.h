@@ -1,0 +1,123 @@
+/* The native engine's C interface: everything that Python calls, by ctypes (node/engine/cpu/library.py mirrors it).
+ *
+ * Matrices are [rows, columns] and multiply activations from the right: y = x * W^T. Rows are packed in tiles of
+ * SWARMD_TILE, so that one vector lane belongs to one row; the last tile is filled up with zeros. Nothing here
+ * allocates, except for the thread pool; all sizes were checked by the caller.
+ */
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define SWARMD_ABI 2
+#define SWARMD_TILE 16  /* rows of a matrix that are packed together */
+#define SWARMD_GROUP 32 /* columns that share a scale, of weights and of activations */
+#define SWARMD_BLOCK 16 /* tokens in one block of the KV cache */
+
+#if defined(_WIN32)
+#define SWARMD_API extern "C" __declspec(dllexport)
+#else
+#define SWARMD_API extern "C" __attribute__((visibility("default")))
+#endif
+
+enum SwarmdKind { SWARMD_F32 = 0, SWARMD_F16 = 1, SWARMD_BF16 = 2, SWARMD_QUANTIZED = 3 };
+enum SwarmdWire { SWARMD_WIRE_F32 = 0, SWARMD_WIRE_BF16 = 1 };
+
+/* Some rows of a matrix in one form. Dense: `codes` holds the values [tile, column, 16]. Quantized:
+ * w = code * scale + bias; `codes` holds bits * 64 bytes per tile and group (pack.cpp draws the layout), `scales`
+ * fp16 [tile, group, 16] or, when `biased`, [tile, group, 2, 16] with the biases second; otherwise
+ * bias = -2^(bits-1) * scale. */
+struct SwarmdSegment {
+  int32_t kind, bits, rows, columns;
+  const uint8_t *codes;
+  const uint16_t *scales;
+  int32_t biased;
+};
+
+/* Segments stacked along the rows, all of the same columns. */
+struct SwarmdMatrix {
+  int32_t rows, columns, count;
+  const SwarmdSegment *segments;
+};
+
+/* One decoder layer with its KV pools, fp16: keys [kv head, block, head_dim, 16], values [kv head, block, 16,
+ * head_dim rounded up to 16]. A sequence's blocks mostly follow each other, so attention reads a head's straight on. */
+struct SwarmdLayer {
+  const float *attention_norm;
+  SwarmdMatrix qkv, attention_output;
+  const float *mlp_norm;
+  SwarmdMatrix gate_up, down;
+  uint16_t *keys, *values;
+};
+
+/* A stage, whose KV pools have `kv_blocks` blocks; `embedding` is there on the first one only, `output_norm` and `head` on the last one only. `frequencies`
+ * are the rotary ones, radians per position, [head_dim / 2]. */
+struct SwarmdStage {
+  int32_t n_layers, hidden, heads, kv_heads, head_dim, ffn, kv_blocks;
+  float eps;
+  const float *frequencies;
+  const SwarmdLayer *layers;
+  const SwarmdMatrix *embedding;
+  const float *output_norm;
+  const SwarmdMatrix *head;
+};
+
+/* One step: rows [first_row[s], first_row[s+1]) belong to sequence s and stand at positions start[s], start[s]+1, ...;
+ * its KV blocks are blocks[first_block[s]], blocks[first_block[s] + 1], ... The input is `tokens` [rows] on the first
+ * stage, else `hidden` [rows, hidden] in `wire`'s type. The result is `out` [rows, hidden] likewise, or on the last stage
+ * `logits` [wanted, vocab] of the rows in `wanted_rows`. */
+struct SwarmdBatch {
+  int32_t rows, sequences;
+  const int32_t *first_row, *start, *first_block, *blocks;
+  const int32_t *tokens;
+  const void *hidden;
+  int32_t wire;
+  void *out;
+  int32_t wanted;
+  const int32_t *wanted_rows;
+  float *logits;
+};
+
+/* What sampling needs of one row of logits: whether all are finite, the first largest, and ln(sum(exp(logits))). */
+struct SwarmdSummary {
+  int32_t finite, best;
+  float largest;
+  double log_normalizer;
+};
+
+struct SwarmdPool;
+
+SWARMD_API int32_t swarmd_abi(void);
+
+/* The code path in use: "avx512-vnni", "avx2", "neon-dotprod" or "portable". */
+SWARMD_API const char *swarmd_isa(void);
+
+/* Use another path from now on (for tests and measurements). Returns 0, or -1 when this CPU or build lacks it. */
+SWARMD_API int32_t swarmd_select(const char *isa);
+
+/* `threads` counts the calling one. Jobs of a pool run one at a time. */
+SWARMD_API SwarmdPool *swarmd_pool_new(int32_t threads);
+SWARMD_API void swarmd_pool_free(SwarmdPool *pool);
+
+/* Canonical codes (LSB-first u32 [rows, columns*bits/32], fp16 scale and bias [rows, groups], bias may be NULL) into a
+ * segment's `codes` and `scales`; and dense values [rows, columns] of `width` bytes each. */
+SWARMD_API void swarmd_pack(int32_t bits, int32_t rows, int32_t columns, const uint32_t *q, const uint16_t *scale,
+                            const uint16_t *bias, uint8_t *codes, uint16_t *scales);
+SWARMD_API void swarmd_pack_dense(int32_t width, int32_t rows, int32_t columns, const uint8_t *values, uint8_t *codes);
+
+/* Rows `ids` of a matrix as fp32 [count, columns]. */
+SWARMD_API void swarmd_rows(const SwarmdMatrix *matrix, const int32_t *ids, int32_t count, float *out);
+
+/* y [rows, matrix rows] = x [rows, columns] * W^T, for tests and measurements; `workspace` as for one step. */
+SWARMD_API void swarmd_linear(SwarmdPool *pool, const SwarmdMatrix *matrix, const float *x, int32_t rows, float *y,
+                              void *workspace);
+SWARMD_API size_t swarmd_linear_workspace(const SwarmdMatrix *matrix, int32_t rows);
+
+/* Bytes that `swarmd_step` needs for steps of at most `rows` rows, `wanted` of them to be sampled, whose sequences end
+ * at most at position `context`. */
+SWARMD_API size_t swarmd_workspace(const SwarmdPool *pool, const SwarmdStage *stage, int32_t rows, int32_t wanted,
+                                   int32_t context);
+SWARMD_API void swarmd_step(SwarmdPool *pool, const SwarmdStage *stage, const SwarmdBatch *batch, void *workspace,
+                            int32_t context);
+
+SWARMD_API void swarmd_summarize(const float *logits, int32_t rows, int32_t vocab, SwarmdSummary *summaries);
