@@ -95,7 +95,7 @@ class Settings(BaseSettings):
     speculate: bool = True
     draft_model: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
     kernels: Literal["auto", "native", "torch"] = "auto"
-    wire_dtype: Literal["bf16", "f32"] = "bf16"
+    wire_dtype: Literal["bf16", "f32"] = "f32"
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_upper)] = "INFO"
 
     @field_validator("data_dir", mode="before")

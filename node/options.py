@@ -82,7 +82,11 @@ OPTIONS: dict[str, Option] = {
         "built. Default: auto.",
         "KIND",
     ),
-    "wire_dtype": Option("How activations travel between stages: bf16, or f32 for exactness. Default: bf16.", "DTYPE"),
+    "wire_dtype": Option(
+        "How activations travel between stages: f32, so that answers are those of one node, or bf16, half the bytes, "
+        "for slow links. Default: f32.",
+        "DTYPE",
+    ),
     "log_level": Option("DEBUG, INFO, WARNING or ERROR. Default: INFO.", "LEVEL"),
 }
 

@@ -33,7 +33,7 @@ VALUES: dict[str, tuple[str, str, Any]] = {
     "speculate": ("false", "false", False),
     "draft_model": ("small.gguf", '"small.gguf"', "small.gguf"),
     "kernels": ("torch", '"torch"', "torch"),
-    "wire_dtype": ("f32", '"f32"', "f32"),
+    "wire_dtype": ("bf16", '"bf16"', "bf16"),
     "log_level": ("debug", '"debug"', "DEBUG"),
 }
 BAD = {

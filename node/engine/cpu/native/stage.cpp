@@ -129,15 +129,15 @@ class Step {
     team_.meet();
   }
 
-  // The input of a product: rows of `x` normed and quantized. All threads have it when this returns.
-  Activations prepared(const float *x, const float *norm, const SwarmdMatrix &matrix) {
-    const size_t columns = matrix.columns;
-    return prepared_rows(matrix.columns, matrix, batch_.rows, [&](Activations out, int row) {
-      if (!norm) out.values = const_cast<float *>(x);
-      kernels().prepare(x + row * columns, norm, stage_.eps, out, row);
-    }, norm ? nullptr : const_cast<float *>(x));
+  // The input of a product: rows of `x` normed and quantized, or without a norm quantized where they stand.
+  Activations prepared(float *x, const float *norm, const SwarmdMatrix &matrix) {
+    const auto make = [&](const Activations &out, int row) {
+      kernels().prepare(x + static_cast<size_t>(row) * matrix.columns, norm, stage_.eps, out, row);
+    };
+    return prepared_rows(matrix.columns, matrix, batch_.rows, make, norm ? nullptr : x);
   }
 
+  // All threads have what `make` made of each row when this returns. `values` are the rows if they are there already.
   template <typename Make>
   Activations prepared_rows(int columns, const SwarmdMatrix &matrix, int rows, const Make &make,
                             float *values = nullptr) {
