@@ -16,9 +16,6 @@ from swarmd.partition.plan import Capacity, DoesNotFit, Plan, PlannedStage, Prom
 
 # 120 orders, some milliseconds, and only when nothing else fits.
 MOST_PERMUTED = 5
-# Every token passes the layers, but only generated ones the head: about one in eight where questions are longer than
-# answers. So much of the head's bytes counts as work of the last stage, which gets fewer layers for it.
-SAMPLED_SHARE = 1 / 8
 
 
 def plan(
@@ -48,7 +45,6 @@ class _Need:
 
     def __init__(self, costs: ModelCosts, promise: Promise) -> None:
         self.n_layers = costs.n_layers
-        self.head_in_layers = SAMPLED_SHARE * costs.head_bytes * costs.n_layers / sum(costs.layer_bytes)
         self._costs = costs
         kv = costs.kv_bytes_per_token * promise.kv_tokens
         self._before = [0, *accumulate(size + kv for size in costs.layer_bytes)]
@@ -121,7 +117,6 @@ def _orders(group: list[Capacity]) -> Iterator[list[Capacity]]:
 def _cuts(need: _Need, order: list[Capacity]) -> list[int] | None:
     """Boundaries [0, ..., n_layers] nearest to the memory-weighted ones that keep every stage within its memory."""
     count, n_layers = len(order), need.n_layers
-    work = n_layers + min(need.head_in_layers, 1.0 * n_layers)
     lowest = _lowest_ends(need, order)
     if lowest is None:
         return None
@@ -129,7 +124,7 @@ def _cuts(need: _Need, order: list[Capacity]) -> list[int] | None:
     cuts, share = [0], 0
     for index, device in enumerate(order[:-1]):
         share += device.memory
-        ideal = round(work * share / total)
+        ideal = round(n_layers * share / total)
         low = max(lowest[index], cuts[-1] + 1)
         high = need.furthest_end(cuts[-1], device.memory, n_layers - (count - 1 - index))
         if low > high:
