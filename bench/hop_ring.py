@@ -143,11 +143,11 @@ class Entry:
 
     async def on_request(self, link: Link, message: Struct, payload: bytearray) -> Any:
         """Nobody asks."""
-        raise NotImplementedError
+        raise RuntimeError("nobody asks this of the bench")
 
     def on_stream(self, link: Link, message: Struct, payload: bytearray) -> AsyncIterator[Struct]:
         """Nobody asks."""
-        raise NotImplementedError
+        raise RuntimeError("nobody asks this of the bench")
 
     async def on_closed(self, link: Link, reason: str) -> None:
         """The processes end together."""
@@ -182,7 +182,7 @@ class Entry:
 
 
 async def _no_launch(model: str) -> None:
-    raise NotImplementedError
+    raise RuntimeError("nobody asks this of the bench")
 
 
 async def entry(stages: int, burn: int) -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 
 from swarmd.discovery.records import DeviceRecord
-from swarmd.node.engine.cpu.library import NativeMissing
-from swarmd.node.engine.cpu.library import load as load_library
+from swarmd.node.engine.cpu.bindings import NativeMissing
+from swarmd.node.engine.cpu.bindings import load as load_library
 from swarmd.node.version import VERSION
 from swarmd.partition.units import format_bytes
 

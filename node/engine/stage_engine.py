@@ -247,8 +247,8 @@ class StageEngine:
 
 def _compute_class(kernels: Kernels) -> Any:
     """What computes: a class with `load`. Imports torch only where it is used. Raises NativeMissing."""
-    from swarmd.node.engine.cpu.library import NativeMissing
-    from swarmd.node.engine.cpu.library import load as load_library
+    from swarmd.node.engine.cpu.bindings import NativeMissing
+    from swarmd.node.engine.cpu.bindings import load as load_library
 
     if kernels != "torch":
         try:

@@ -5,7 +5,7 @@ is loaded.
 from __future__ import annotations
 
 from swarmd.node.engine.backends.base import TILE_ELEMENTS, tile_rows
-from swarmd.node.engine.cpu.library import TILE
+from swarmd.node.engine.cpu.bindings import TILE
 from swarmd.node.engine.quantized import held_bytes
 from swarmd.node.engine.spec import EMBEDDING, HEAD, OUTPUT_NORM, ArchSpec, tensor_shapes
 from swarmd.node.models.errors import ModelFileError

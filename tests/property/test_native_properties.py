@@ -23,7 +23,7 @@ from support.native_kernels import (
 from support.native_reference import attended, signs, sixty_fourths
 from support.native_stage import LayerParts, NativeStage, Part, Shape, dense
 
-from swarmd.node.engine.cpu import library
+from swarmd.node.engine.cpu import bindings as library
 from swarmd.node.engine.cpu.matrices import NativeMatrix, linear
 
 FOUND = machine_isas()

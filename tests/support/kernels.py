@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from swarmd.node.engine.cpu.library import NativeMissing, load
+from swarmd.node.engine.cpu.bindings import NativeMissing, load
 
 
 def why_missing() -> str:

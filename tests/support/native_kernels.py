@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from swarmd.node.engine.cpu import library
+from swarmd.node.engine.cpu import bindings as library
 from swarmd.node.engine.quantized import DenseWeight, QuantizedWeight, Weight, pack
 from swarmd.node.models.gguf_types import GGUFType
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from swarmd.node.engine.cpu.library import BLOCK, TILE, Batch, Layer, Stage, load
+from swarmd.node.engine.cpu.bindings import BLOCK, TILE, Batch, Layer, Stage, load
 from swarmd.node.engine.cpu.matrices import NativeMatrix, aligned
 from swarmd.node.engine.quantized import DenseWeight, Weight
 from swarmd.node.models.gguf_types import GGUFType

@@ -42,11 +42,11 @@ def test_work_that_was_given_up_before_its_turn_is_not_done():
 
 def test_a_process_ends_although_its_thread_computes():
     code = (
-        "import threading, time\n"
+        "import threading\n"
         "from swarmd.node.serving.compute_thread import ComputeThread\n"
         "begun = threading.Event()\n"
         "compute = ComputeThread()\n"
-        "compute.post(lambda: (begun.set(), time.sleep(3600)))\n"
+        "compute.post(lambda: (begun.set(), threading.Event().wait()))\n"
         "begun.wait()\n"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=30).returncode == 0

@@ -17,7 +17,7 @@ from support.native_kernels import (
     quantized_weight,
 )
 
-from swarmd.node.engine.cpu import library
+from swarmd.node.engine.cpu import bindings as library
 from swarmd.node.engine.cpu.matrices import NativeMatrix, linear
 from swarmd.node.engine.quantized import QuantizedWeight, pack
 

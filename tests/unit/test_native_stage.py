@@ -12,8 +12,8 @@ from support.native_kernels import BITS, Product, U, dense_weight, exceeds, mach
 from support.native_reference import HALF, attended, gated, rotated, signs, sixty_fourths
 from support.native_stage import LayerParts, NativeStage, Part, Shape, dense
 
-from swarmd.node.engine.cpu import library
-from swarmd.node.engine.cpu.library import Summary
+from swarmd.node.engine.cpu import bindings as library
+from swarmd.node.engine.cpu.bindings import Summary
 from swarmd.node.models.gguf_types import GGUFType
 
 FOUND = machine_isas()

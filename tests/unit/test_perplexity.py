@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from support.native_kernels import machine_isas
 
-from swarmd.node.engine.cpu import library
+from swarmd.node.engine.cpu import bindings as library
 from swarmd.node.engine.cpu.native_compute import NativeCompute
 from swarmd.node.engine.spec import ArchSpec
 from swarmd.node.engine.stage_compute import Span

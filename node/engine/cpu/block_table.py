@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from swarmd.node.engine.cpu.library import BLOCK
+from swarmd.node.engine.cpu.bindings import BLOCK
 from swarmd.node.engine.stage_compute import KvExhausted, StepError
 
 Copies = list[tuple[int, int]]

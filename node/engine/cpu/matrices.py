@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from swarmd.node.engine.cpu.library import GROUP, TILE, Matrix, Segment, load
+from swarmd.node.engine.cpu.bindings import GROUP, TILE, Matrix, Segment, load
 from swarmd.node.engine.quantized import Array, DenseWeight, QuantizedWeight, Weight
 from swarmd.node.models.gguf_types import GGUFType
 

@@ -11,8 +11,8 @@ from typing import Any, cast
 
 import numpy as np
 
+from swarmd.node.engine.cpu.bindings import BLOCK, TILE, Batch, Layer, Stage, Summary, load
 from swarmd.node.engine.cpu.block_table import BlockTable
-from swarmd.node.engine.cpu.library import BLOCK, TILE, Batch, Layer, Stage, Summary, load
 from swarmd.node.engine.cpu.matrices import NativeMatrix, aligned
 from swarmd.node.engine.quantized import Array, Weight
 from swarmd.node.engine.spec import ArchSpec

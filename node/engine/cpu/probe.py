@@ -15,7 +15,7 @@ import torch
 
 from swarmd.node.engine.backends.torch_cpu import TorchCpuBackend
 from swarmd.node.engine.calibrate import best_rate, memory_bandwidth
-from swarmd.node.engine.cpu.library import NativeMissing, isa, load
+from swarmd.node.engine.cpu.bindings import NativeMissing, isa, load
 from swarmd.node.engine.cpu.matrices import NativeMatrix, aligned
 from swarmd.node.engine.quantized import GROUP_SIZE, QuantizedWeight, pack
 

@@ -1,4 +1,4 @@
-/* The native engine's C interface: everything that Python calls, by ctypes (node/engine/cpu/library.py mirrors it).
+/* The native engine's C interface: everything that Python calls, by ctypes (node/engine/cpu/bindings.py mirrors it).
  *
  * Matrices are [rows, columns] and multiply activations from the right: y = x * W^T. Rows are packed in tiles of
  * SWARMD_TILE, so that one vector lane belongs to one row; the last tile is filled up with zeros. Nothing here
