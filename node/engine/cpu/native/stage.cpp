@@ -9,48 +9,11 @@
 
 namespace swarmd {
 
-Activations take_activations(Arena &arena, int rows, int columns) {
-  const size_t values = static_cast<size_t>(rows) * columns, groups = static_cast<size_t>(rows) * (columns / kGroup);
-  Activations out = {};
-  out.rows = rows;
-  out.columns = columns;
-  out.values = arena.take<float>(values);
-  out.codes = arena.take<int8_t>(values);
-  out.fine_codes = arena.take<int8_t>(values);
-  out.scale = arena.take<float>(groups);
-  out.fine_scale = arena.take<float>(groups);
-  out.sum = arena.take<float>(groups);
-  return out;
-}
-
-void multiply(Team &team, const SwarmdMatrix &matrix, const Activations &x, float *y, size_t stride, bool add) {
-  constexpr int kPiecesPerThread = 6;
-  int total = 0;
-  for (int i = 0; i < matrix.count; i++) total += tiles_of(matrix.segments[i]);
-  const int piece = std::max(1, total / (team.threads() * kPiecesPerThread));
-  for (int begin = team.take(piece); begin < total; begin = team.take(piece)) {
-    const int end = std::min(begin + piece, total);
-    int first_tile = 0, first_row = 0;
-    for (int i = 0; i < matrix.count; i++) {
-      const SwarmdSegment &segment = matrix.segments[i];
-      const int count = tiles_of(segment), from = std::max(begin - first_tile, 0), to = std::min(end - first_tile, count);
-      if (from < to) kernels().product(segment, from, to, x, {y + first_row, stride, add});
-      first_tile += count;
-      first_row += segment.rows;
-    }
-  }
-}
-
 namespace {
 
 // Up to so many rows every thread prepares the activations for itself: cheaper than waiting for each other.
 constexpr int kRowsForEach = 2;
 constexpr int kQueryRows = 8;  // rows of a sequence that make one piece of attention
-
-bool any_quantized(const SwarmdMatrix &matrix) {
-  return std::any_of(matrix.segments, matrix.segments + matrix.count,
-                     [](const SwarmdSegment &segment) { return segment.kind == SWARMD_QUANTIZED; });
-}
 
 struct Widths {
   int attended, qkv, most;
@@ -277,10 +240,6 @@ class Step {
 
 using namespace swarmd;
 
-struct SwarmdPool : ThreadPool {
-  using ThreadPool::ThreadPool;
-};
-
 SwarmdPool *swarmd_pool_new(int32_t threads) { return new SwarmdPool(threads); }
 
 void swarmd_pool_free(SwarmdPool *pool) { delete pool; }
@@ -297,23 +256,4 @@ void swarmd_step(SwarmdPool *pool, const SwarmdStage *stage, const SwarmdBatch *
   Arena arena(workspace);
   const Buffers buffers = take_buffers(arena, *stage, pool->threads(), batch->rows, batch->wanted, context);
   pool->run([&](Team &team, int thread) { Step(*stage, *batch, buffers, team, thread).run(); });
-}
-
-size_t swarmd_linear_workspace(const SwarmdMatrix *matrix, int32_t rows) {
-  Arena arena(nullptr);
-  take_activations(arena, rows, matrix->columns);
-  return arena.used();
-}
-
-void swarmd_linear(SwarmdPool *pool, const SwarmdMatrix *matrix, const float *x, int32_t rows, float *y,
-                   void *workspace) {
-  Arena arena(workspace);
-  Activations in = take_activations(arena, rows, matrix->columns);
-  if (!any_quantized(*matrix)) in.codes = nullptr;
-  std::memcpy(in.values, x, sizeof(float) * rows * matrix->columns);
-  pool->run([&](Team &team, int) {
-    for (int row = team.take(1); row < rows; row = team.take(1)) kernels().prepare(nullptr, nullptr, 0, in, row);
-    team.meet();
-    multiply(team, *matrix, in, y, matrix->rows, false);
-  });
 }

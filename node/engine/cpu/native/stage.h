@@ -30,4 +30,11 @@ Activations take_activations(Arena &arena, int rows, int columns);
 // This thread's share of y = x * W^T (or y += ...); the others do theirs. No barrier.
 void multiply(Team &team, const SwarmdMatrix &matrix, const Activations &x, float *y, size_t stride, bool add);
 
+// Whether any segment wants its activations quantized.
+bool any_quantized(const SwarmdMatrix &matrix);
+
 }  // namespace swarmd
+
+struct SwarmdPool : swarmd::ThreadPool {
+  using swarmd::ThreadPool::ThreadPool;
+};
