@@ -1,59 +1,86 @@
-"""Weights as the engine understands them: one canonical quantized form, and dense arrays.
+"""Weights as the engine understands them: one canonical quantized form, and dense arrays. Pure numpy.
 
-Canonical form: `w = q*scale + bias` per (row, group of `group_size` along the input), q an unsigned number of
-`bits` bits, packed LSB-first into little-endian u32 along the row. Conversions from GGUF blocks are exact:
-scale and bias stay the file's own fp16 numbers, and the symmetric types' bias, -2**(bits-1) * scale, is
-implied and not stored. Block formats: ggml-common.h of llama.cpp.
+Canonical form: `w = level*scale + bias` per (row, group of `group_size` along the input). `level` is the code q itself,
+an unsigned number of `bits` bits, packed LSB-first into little-endian u32 along the row; or, for types with a table,
+`codebook[q]`. What a file holds is kept exactly: scales stay the file's own numbers, also where these come in two
+levels (a small integer per group times an fp16 number per several groups, as in GGUF's K-quants), and a bias that is a
+multiple of the scale, `-offset*scale`, is implied and not stored. `Weight.dequantize` defines the values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 
-from swarmd.node.models.errors import ModelFileError
-from swarmd.node.models.gguf_types import GGUF_BLOCK, GGUFType
-
-GROUP_SIZE = 32
-
 Array = np.ndarray[Any, np.dtype[Any]]
+
+FloatType = Literal["f32", "f16", "bf16"]
+FLOAT_BYTES: dict[FloatType, int] = {"f32": 4, "f16": 2, "bf16": 2}
+
+BITS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (16, 32, 64, 128)
+
+
+def bf16_to_f32(bits: Array) -> Array:
+    """uint16 holding bf16 bits (numpy lacks the type) -> float32, exactly."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 @dataclass(frozen=True)
-class QuantizedFormat:
-    """What a GGUF type becomes: bits of q, and whether the bias is implied by the scale."""
+class Scales:
+    """One number per (row, group): `values[r, g]`, times `supers[r, g // (groups / supers per row)]` if there are any.
 
-    bits: int
-    symmetric: bool
+    `values` is float32, float16 or uint16 (bf16 bits), [rows, groups]; with `supers` (float16, [rows, groups / n] for a
+    whole number n) it is int8 or uint8.
+    """
 
+    values: Array
+    supers: Array | None = None
 
-QUANTIZED_FORMATS: dict[GGUFType, QuantizedFormat] = {
-    GGUFType.Q4_0: QuantizedFormat(4, symmetric=True),
-    GGUFType.Q4_1: QuantizedFormat(4, symmetric=False),
-    GGUFType.Q5_0: QuantizedFormat(5, symmetric=True),
-    GGUFType.Q5_1: QuantizedFormat(5, symmetric=False),
-    GGUFType.Q8_0: QuantizedFormat(8, symmetric=True),
-}
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both levels."""
+        return self.values.nbytes + (0 if self.supers is None else self.supers.nbytes)
 
-DENSE_ITEM_BYTES: dict[GGUFType, int] = {GGUFType.F32: 4, GGUFType.F16: 2, GGUFType.BF16: 2}
+    @property
+    def kind(self) -> str:
+        """The form: "f32", "f16", "bf16", "i8*f16" or "u8*f16"."""
+        names = {"float32": "f32", "float16": "f16", "uint16": "bf16", "int8": "i8", "uint8": "u8"}
+        return names[self.values.dtype.name] + ("" if self.supers is None else "*f16")
+
+    def take(self, rows: slice | Array) -> Scales:
+        """The chosen rows, in the chosen order."""
+        return Scales(self.values[rows], None if self.supers is None else self.supers[rows])
+
+    def expand(self) -> Array:
+        """float32 [rows, groups]. Exact: an integer of 8 bits times an fp16 number has at most 19 significant bits."""
+        if self.supers is None:
+            return bf16_to_f32(self.values) if self.values.dtype == np.uint16 else self.values.astype(np.float32)
+        per_super = self.values.shape[1] // self.supers.shape[1]
+        return self.values.astype(np.float32) * np.repeat(self.supers.astype(np.float32), per_super, axis=1)
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
     """A matrix [rows, columns] in canonical form.
 
-    `q`: uint32 [rows, columns*bits/32]; `scale`: float [rows, columns/group_size]; `bias`: as scale, or None
-    where it is -2**(bits-1) * scale exactly (computed in fp32, where that product is always exact).
+    `q`: uint32 [rows, columns*bits/32]; `bias` None: it is -offset*scale. `codebook`: uint8 [2**bits] or None. An
+    offset of -1 stands for 2**(bits-1), the middle of the codes.
     """
 
     bits: int
     group_size: int
     q: Array
-    scale: Array
-    bias: Array | None
+    scale: Scales
+    bias: Scales | None
+    codebook: Array | None = None
+    offset: int = field(default=-1)
+
+    def __post_init__(self) -> None:
+        if self.offset < 0:
+            object.__setattr__(self, "offset", 1 << (self.bits - 1))
 
     @property
     def rows(self) -> int:
@@ -63,7 +90,7 @@ class QuantizedWeight:
     @property
     def columns(self) -> int:
         """Number of input features."""
-        return self.scale.shape[1] * self.group_size
+        return self.scale.values.shape[1] * self.group_size
 
     @property
     def nbytes(self) -> int:
@@ -72,30 +99,46 @@ class QuantizedWeight:
 
     def take(self, rows: slice | Array) -> QuantizedWeight:
         """The chosen rows, in the chosen order, bit for bit."""
-        bias = None if self.bias is None else self.bias[rows]
-        return QuantizedWeight(self.bits, self.group_size, self.q[rows], self.scale[rows], bias)
+        bias = None if self.bias is None else self.bias.take(rows)
+        return QuantizedWeight(
+            self.bits, self.group_size, self.q[rows], self.scale.take(rows), bias, self.codebook, self.offset
+        )
 
     def codes(self) -> Array:
         """q unpacked: uint8 [rows, columns]."""
         return unpack(self.q, self.bits)
 
+    def levels(self) -> Array:
+        """The levels: uint8 [rows, columns], the codes themselves or what the codebook has for them."""
+        codes = self.codes()
+        return codes if self.codebook is None else self.codebook[codes]
+
+    def expanded_bias(self) -> Array:
+        """The bias, stored or implied: float32 [rows, groups]."""
+        return self.scale.expand() * np.float32(-self.offset) if self.bias is None else self.bias.expand()
+
     def dequantize(self) -> Array:
-        """The values: float32 [rows, columns], each rounded once."""
-        codes = self.codes().reshape(self.rows, -1, self.group_size).astype(np.float32)
-        scale = self.scale.astype(np.float32)
-        bias = scale * np.float32(-(1 << (self.bits - 1))) if self.bias is None else self.bias.astype(np.float32)
-        return (codes * scale[..., None] + bias[..., None]).reshape(self.rows, self.columns)
+        """The values: float32 [rows, columns], each rounded once after product and once after sum.
+
+        Where the products are exact in fp32 (levels and scales of few bits) that is a single rounding.
+        """
+        levels = self.levels().reshape(self.rows, -1, self.group_size).astype(np.float32)
+        if self.bias is None:  # level - offset is a small integer: exact, and so the product is rounded once
+            values = (levels - np.float32(self.offset)) * self.scale.expand()[..., None]
+        else:
+            values = levels * self.scale.expand()[..., None] + self.bias.expand()[..., None]
+        return values.reshape(self.rows, self.columns)
 
 
 @dataclass(frozen=True)
 class DenseWeight:
-    """A matrix [rows, columns] or a vector [n] as the file stores it.
+    """A matrix [rows, columns] or a vector [n] of floats.
 
-    `values` is float32, float16, or (for BF16, which numpy lacks) uint16 holding the bf16 bits.
+    `values` is float32, float16, or uint16 holding bf16 bits, as `type` says.
     """
 
     values: Array
-    type: GGUFType
+    type: FloatType
 
     @property
     def rows(self) -> int:
@@ -118,51 +161,52 @@ class DenseWeight:
 
     def dequantize(self) -> Array:
         """The values as float32, exactly."""
-        if self.type is GGUFType.BF16:
-            return (self.values.astype(np.uint32) << 16).view(np.float32)
-        return self.values.astype(np.float32)
+        return bf16_to_f32(self.values) if self.type == "bf16" else self.values.astype(np.float32)
 
 
 Weight = QuantizedWeight | DenseWeight
 
 
-def from_gguf(name: str, kind: GGUFType, data: Array, shape: tuple[int, ...]) -> Weight:
-    """A tensor's bytes (uint8) of row-major `shape` as a weight; quantized types need a matrix.
+@dataclass(frozen=True)
+class WeightForm:
+    """In what form a matrix is kept, known before it is read; `nbytes` says what that takes.
 
-    The result is a copy: the file may be closed. Raises ModelFileError for types that are not supported yet.
+    Dense: `float_type`. Quantized: the other fields, as in `QuantizedWeight`; `scale` and `bias` are kinds of `Scales`,
+    `bias` "" where it is implied. `per_super` groups share a super-scale.
     """
-    if kind in DENSE_ITEM_BYTES:
-        dtype = {GGUFType.F32: "<f4", GGUFType.F16: "<f2", GGUFType.BF16: "<u2"}[kind]
-        return DenseWeight(data.view(dtype).reshape(shape).copy(), kind)
-    form = QUANTIZED_FORMATS.get(kind)
-    if form is None or len(shape) != 2:
-        raise unsupported(name, kind, shape)
-    blocks = data.reshape(shape[0], shape[1] // GROUP_SIZE, GGUF_BLOCK[kind][1])
-    codes, rest = _CODES[kind](blocks)
-    floats = np.ascontiguousarray(rest).view("<f2")
-    bias = None if form.symmetric else np.ascontiguousarray(floats[..., 1])
-    q = pack(codes.reshape(shape), form.bits)
-    return QuantizedWeight(form.bits, GROUP_SIZE, q, np.ascontiguousarray(floats[..., 0]), bias)
+
+    float_type: FloatType | None = None
+    bits: int = 0
+    group_size: int = 32
+    scale: str = "f16"
+    bias: str = ""
+    per_super: int = 8
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        """Bytes of a weight of this form."""
+        if self.float_type is not None:
+            return rows * columns * FLOAT_BYTES[self.float_type]
+        groups = rows * (columns // self.group_size)
+        return rows * columns * self.bits // 8 + sum(
+            self._scale_bytes(kind, groups) for kind in (self.scale, self.bias)
+        )
+
+    def _scale_bytes(self, kind: str, groups: int) -> int:
+        if not kind:
+            return 0
+        if kind.endswith("*f16"):
+            return groups + groups // self.per_super * 2
+        return groups * (4 if kind == "f32" else 2)
 
 
-def unsupported(name: str, kind: GGUFType, shape: tuple[int, ...]) -> ModelFileError:
-    """The error for a tensor whose type cannot be used for its shape."""
-    known = ", ".join(t.name for t in (*QUANTIZED_FORMATS, *DENSE_ITEM_BYTES))
-    what = "is" if len(shape) == 2 else f"with {len(shape)} dimension(s) is"
-    return ModelFileError(f"tensor {name!r} {what} of type {kind.name}, not supported yet; supported types: {known}")
-
-
-def held_bytes(name: str, kind: GGUFType, shape: tuple[int, ...]) -> int:
-    """Bytes that `from_gguf`'s result takes; vectors (norms) are kept in fp32. Raises ModelFileError as it
-    does.
-    """
-    elements = int(np.prod(shape, dtype=object))
-    if kind in DENSE_ITEM_BYTES:
-        return elements * (DENSE_ITEM_BYTES[kind] if len(shape) == 2 else 4)
-    form = QUANTIZED_FORMATS.get(kind)
-    if form is None or len(shape) != 2:
-        raise unsupported(name, kind, shape)
-    return elements * form.bits // 8 + elements // GROUP_SIZE * (2 if form.symmetric else 4)
+def form_of(weight: Weight) -> WeightForm:
+    """The form of a weight that is there."""
+    if isinstance(weight, DenseWeight):
+        return WeightForm(weight.type)
+    supers = weight.scale.supers
+    per_super = 8 if supers is None else weight.scale.values.shape[1] // supers.shape[1]
+    bias = "" if weight.bias is None else weight.bias.kind
+    return WeightForm(None, weight.bits, weight.group_size, weight.scale.kind, bias, per_super)
 
 
 def pack(codes: Array, bits: int) -> Array:
@@ -204,25 +248,3 @@ def llama_row_order(n_heads: int, head_dim: int) -> Array:
     """
     rows = np.arange(n_heads * head_dim).reshape(n_heads, head_dim // 2, 2)
     return rows.swapaxes(1, 2).reshape(-1)
-
-
-def _nibbles(packed: Array) -> Array:
-    """16 bytes a block: elements 0-15 in the low nibbles, 16-31 in the high ones."""
-    return np.concatenate([packed & 15, packed >> 4], axis=-1)
-
-
-def _fifth_bits(packed: Array) -> Array:
-    """4 bytes a block: bit i belongs to element i; as 0 or 16."""
-    return np.unpackbits(packed, axis=-1, bitorder="little") << 4
-
-
-_CODES: dict[GGUFType, Callable[[Array], tuple[Array, Array]]] = {
-    GGUFType.Q4_0: lambda b: (_nibbles(b[..., 2:]), b[..., :2]),
-    GGUFType.Q4_1: lambda b: (_nibbles(b[..., 4:]), b[..., :4]),
-    GGUFType.Q5_0: lambda b: (_nibbles(b[..., 6:]) | _fifth_bits(b[..., 2:6]), b[..., :2]),
-    GGUFType.Q5_1: lambda b: (_nibbles(b[..., 8:]) | _fifth_bits(b[..., 4:8]), b[..., :4]),
-    GGUFType.Q8_0: lambda b: (b[..., 2:] ^ 0x80, b[..., :2]),
-}
-"""Per type: blocks uint8 [rows, groups, block bytes] -> (codes uint8 [rows, groups, 32], the fp16 numbers'
-bytes).
-"""

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from swarmd.node.engine.backends.base import Array, Prepared, WeightKeeper
-from swarmd.node.engine.quantized import Weight, from_gguf, llama_row_order
+from swarmd.node.engine.gguf_blocks import from_gguf
+from swarmd.node.engine.quantized import Weight, llama_row_order
 from swarmd.node.engine.spec import EMBEDDING, HEAD, OUTPUT_NORM, ROPE_FACTORS, ArchSpec, tensor_shapes
 from swarmd.node.models.errors import ModelFileError
 from swarmd.node.models.gguf import GGUFFile

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from swarmd.node.engine.backends.base import TILE_ELEMENTS, tile_rows
 from swarmd.node.engine.cpu.bindings import TILE
-from swarmd.node.engine.quantized import held_bytes
+from swarmd.node.engine.gguf_blocks import form_of_type
 from swarmd.node.engine.spec import EMBEDDING, HEAD, OUTPUT_NORM, ArchSpec, tensor_shapes
 from swarmd.node.models.errors import ModelFileError
 from swarmd.node.models.gguf import GGUFFile
@@ -72,9 +72,10 @@ def _held(gguf: GGUFFile, name: str, shape: tuple[int, ...]) -> int:
         raise ModelFileError(f"{gguf.path.name} lacks tensor {name!r}; it is incomplete or of another kind of model")
     if info.shape != shape:
         raise ModelFileError(f"tensor {name!r} of {gguf.path.name} has shape {info.shape}; the header implies {shape}")
+    if len(shape) == 1:
+        return shape[0] * 4
     # Our own kernels fill up a matrix's rows to whole tiles.
-    rounded = shape if len(shape) == 1 else (_whole_tiles(shape[0]), shape[1])
-    return held_bytes(name, info.type, rounded)
+    return form_of_type(name, info.type, shape).nbytes(_whole_tiles(shape[0]), shape[1])
 
 
 def _layer_bytes(sizes: dict[str, int], layer: int) -> int:

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from swarmd.node.engine.cpu import bindings as library
-from swarmd.node.engine.quantized import DenseWeight, QuantizedWeight, Weight, pack
-from swarmd.node.models.gguf_types import GGUFType
+from swarmd.node.engine.quantized import DenseWeight, FloatType, QuantizedWeight, Scales, Weight, pack
 
 U = 2.0**-24
 GROUP = 32
 BITS = (2, 3, 4, 5, 6, 8)
-DENSE = (GGUFType.F32, GGUFType.F16, GGUFType.BF16)
+DENSE: tuple[FloatType, ...] = ("f32", "f16", "bf16")
 ISAS = ("portable", "avx2", "avx512-vnni", "neon-dotprod")
 
 
@@ -37,23 +36,27 @@ def quantized_weight(rng: np.random.Generator, bits: int, rows: int, columns: in
     codes = rng.integers(0, 1 << bits, (rows, columns), dtype=np.uint8)
     shape = (rows, columns // GROUP)
     scale = (rng.uniform(0.2, 1, shape) * rng.choice([-1, 1], shape) / (1 << bits)).astype(np.float16)
-    bias = rng.normal(0, 0.5, shape).astype(np.float16) if biased else None
-    return QuantizedWeight(bits, GROUP, pack(codes, bits), scale, bias)
+    bias = Scales(rng.normal(0, 0.5, shape).astype(np.float16)) if biased else None
+    return QuantizedWeight(bits, GROUP, pack(codes, bits), Scales(scale), bias)
 
 
-def dense_weight(rng: np.random.Generator, kind: GGUFType, rows: int, columns: int) -> DenseWeight:
+def dense_weight(rng: np.random.Generator, kind: FloatType, rows: int, columns: int) -> DenseWeight:
     """Random values as a file of this type stores them."""
     values = rng.normal(0, 1, (rows, columns)).astype(np.float32)
-    if kind is GGUFType.BF16:
+    if kind == "bf16":
         return DenseWeight((values.view(np.uint32) >> 16).astype(np.uint16), kind)
-    return DenseWeight(values.astype(np.float16 if kind is GGUFType.F16 else np.float32), kind)
+    return DenseWeight(values.astype(np.float16 if kind == "f16" else np.float32), kind)
 
 
 def exact_parts(weight: QuantizedWeight) -> tuple[np.ndarray, np.ndarray]:
     """The two summands of each weight, code * scale and bias: float64 [rows, columns], no rounding."""
     codes = weight.codes().reshape(weight.rows, -1, GROUP).astype(np.float64)
-    scale = weight.scale.astype(np.float64)[..., None]
-    bias = -(2.0 ** (weight.bits - 1)) * scale if weight.bias is None else weight.bias.astype(np.float64)[..., None]
+    scale = weight.scale.expand().astype(np.float64)[..., None]
+    bias = (
+        -(2.0 ** (weight.bits - 1)) * scale
+        if weight.bias is None
+        else weight.bias.expand().astype(np.float64)[..., None]
+    )
     shape = (weight.rows, weight.columns)
     return (codes * scale).reshape(shape), np.broadcast_to(bias, codes.shape).reshape(shape)
 
@@ -113,7 +116,7 @@ def product_of_codes(x: np.ndarray, weight: Weight) -> Product:
     scaled, biases = exact_parts(weight)
     sizes = np.abs(seen) @ (np.abs(scaled) + np.abs(biases)).T
     otherwise = unsure @ np.abs(values).reshape(weight.rows, -1, GROUP).sum(-1).T
-    return Product(seen @ values.T, (3 * weight.scale.shape[1] + 4) * U * sizes + otherwise)
+    return Product(seen @ values.T, (3 * weight.scale.values.shape[1] + 4) * U * sizes + otherwise)
 
 
 def product_of_values(x: np.ndarray, weight: Weight) -> Product:

@@ -12,7 +12,6 @@ import numpy as np
 from swarmd.node.engine.cpu.bindings import BLOCK, TILE, Batch, Layer, Stage, load
 from swarmd.node.engine.cpu.matrices import NativeMatrix, aligned
 from swarmd.node.engine.quantized import DenseWeight, Weight
-from swarmd.node.models.gguf_types import GGUFType
 
 NOT_A_NUMBER = np.uint16(0x7E00)
 
@@ -47,7 +46,7 @@ class Part(NamedTuple):
 
 def dense(values: np.ndarray) -> DenseWeight:
     """An fp32 matrix as a file stores it."""
-    return DenseWeight(np.ascontiguousarray(values, np.float32), GGUFType.F32)
+    return DenseWeight(np.ascontiguousarray(values, np.float32), "f32")
 
 
 def zeros(rows: int, columns: int) -> DenseWeight:

@@ -14,7 +14,6 @@ from support.native_stage import LayerParts, NativeStage, Part, Shape, dense
 
 from swarmd.node.engine.cpu import bindings as library
 from swarmd.node.engine.cpu.bindings import Summary
-from swarmd.node.models.gguf_types import GGUFType
 
 FOUND = machine_isas()
 pytestmark = pytest.mark.skipif(not FOUND, reason="the native kernels are not built here (make native)")
@@ -88,7 +87,7 @@ class TestEmbedding:
         assert (found == table.dequantize()[tokens]).all()
 
     def test_dense(self, rng: np.random.Generator):
-        table = dense_weight(rng, GGUFType.F16, 9, 40)
+        table = dense_weight(rng, "f16", 9, 40)
         assert (NativeStage(Shape(40), embedding=table).embed([8, 3], "f32") == table.dequantize()[[8, 3]]).all()
 
 

@@ -8,20 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swarmd.node.engine.quantized import (
-    QUANTIZED_FORMATS,
-    DenseWeight,
-    QuantizedWeight,
-    from_gguf,
-    held_bytes,
-    llama_row_order,
-    pack,
-    unpack,
-)
+from swarmd.node.engine.gguf_blocks import QUANTIZED_FORMS, form_of_type, from_gguf
+from swarmd.node.engine.quantized import DenseWeight, QuantizedWeight, form_of, llama_row_order, pack, unpack
 from swarmd.node.models.errors import ModelFileError
 from swarmd.node.models.gguf import GGUF_BLOCK, GGUFType
 
-QUANTIZED = tuple(QUANTIZED_FORMATS)
+QUANTIZED = tuple(QUANTIZED_FORMS)
 DENSE = (GGUFType.F32, GGUFType.F16, GGUFType.BF16)
 
 
@@ -30,7 +22,7 @@ def random_blocks(kind: GGUFType, rows: int, columns: int, seed: int = 0) -> np.
     random = np.random.default_rng(seed)
     elements, nbytes = GGUF_BLOCK[kind]
     blocks = random.integers(0, 256, (rows, columns // elements, nbytes), dtype=np.uint8)
-    floats = 1 if QUANTIZED_FORMATS[kind].symmetric else 2
+    floats = 1 if QUANTIZED_FORMS[kind].bias == "" else 2
     numbers = random.integers(0, 0x7C00, (*blocks.shape[:2], floats), dtype=np.uint16)
     numbers |= random.integers(0, 2, numbers.shape, dtype=np.uint16) << 15
     blocks[..., : 2 * floats] = numbers.view(np.uint8).reshape(*blocks.shape[:2], 2 * floats)
@@ -63,7 +55,9 @@ def test_held_bytes_is_what_is_held(kind: GGUFType) -> None:
     columns, rows = 96, 10
     block, block_bytes = GGUF_BLOCK[kind]
     data = np.zeros(rows * columns // block * block_bytes, np.uint8)
-    assert from_gguf("w", kind, data, (rows, columns)).nbytes == held_bytes("w", kind, (rows, columns))
+    weight, form = from_gguf("w", kind, data, (rows, columns)), form_of_type("w", kind, (rows, columns))
+    assert form_of(weight) == form
+    assert weight.nbytes == form.nbytes(rows, columns)
 
 
 @pytest.mark.parametrize("kind", [GGUFType.Q4_K, GGUFType.Q6_K, GGUFType.IQ4_NL, GGUFType.MXFP4, GGUFType.I8])
@@ -72,7 +66,7 @@ def test_other_types_are_refused_by_name(kind: GGUFType) -> None:
     with pytest.raises(ModelFileError, match=rf"blk\.3\.x.*{kind.name}.*not supported yet"):
         from_gguf("blk.3.x", kind, np.zeros(block_bytes, np.uint8), (1, block))
     with pytest.raises(ModelFileError, match="not supported yet"):
-        held_bytes("blk.3.x", kind, (1, block))
+        form_of_type("blk.3.x", kind, (1, block))
 
 
 def test_a_quantized_vector_is_refused() -> None:

@@ -8,26 +8,25 @@ import torch
 
 from swarmd.node.engine.backends.base import TILE_ELEMENTS, tile_rows
 from swarmd.node.engine.backends.torch_cpu import TorchCpuBackend
-from swarmd.node.engine.quantized import DenseWeight, QuantizedWeight, Weight, pack
-from swarmd.node.models.gguf import GGUFType
+from swarmd.node.engine.quantized import DenseWeight, QuantizedWeight, Scales, Weight, pack
 
-FORMS = ("4", "4 symmetric", "5", "5 symmetric", "8", "8 symmetric", "F32", "F16", "BF16")
+FORMS = ("4", "4 symmetric", "5", "5 symmetric", "2", "3 symmetric", "6", "8", "8 symmetric", "F32", "F16", "BF16")
 
 
 def weight(form: str, rows: int, columns: int, seed: int = 0) -> Weight:
     random = np.random.default_rng(seed)
     values = (random.standard_normal((rows, columns)) / np.sqrt(columns)).astype(np.float32)
     if form == "F32":
-        return DenseWeight(values, GGUFType.F32)
+        return DenseWeight(values, "f32")
     if form == "F16":
-        return DenseWeight(values.astype(np.float16), GGUFType.F16)
+        return DenseWeight(values.astype(np.float16), "f16")
     if form == "BF16":
-        return DenseWeight((values.view(np.uint32) >> 16).astype(np.uint16), GGUFType.BF16)
+        return DenseWeight((values.view(np.uint32) >> 16).astype(np.uint16), "bf16")
     bits = int(form[0])
     codes = random.integers(0, 1 << bits, (rows, columns), dtype=np.uint8)
     scale = (random.standard_normal((rows, columns // 32)) / (1 << bits)).astype(np.float16)
-    bias = None if "symmetric" in form else random.standard_normal(scale.shape).astype(np.float16)
-    return QuantizedWeight(bits, 32, pack(codes, bits), scale, bias)
+    bias = None if "symmetric" in form else Scales(random.standard_normal(scale.shape).astype(np.float16))
+    return QuantizedWeight(bits, 32, pack(codes, bits), Scales(scale), bias)
 
 
 def stacked(parts: list[Weight]) -> np.ndarray:
@@ -98,13 +97,6 @@ def test_a_row_does_not_depend_on_its_company(rows: int, columns: int) -> None:
         assert torch.equal(backend.linear(x[:count], prepared), together[:count])
         assert torch.equal(backend.linear(x[64 - count :], prepared), together[64 - count :])
         assert torch.equal(backend.rms_norm(x[:count], torch.ones(columns), 1e-5), norm[:count])
-
-
-def test_two_bit_weights_are_refused_until_they_are_implemented() -> None:
-    codes = np.zeros((2, 32), np.uint8)
-    part = QuantizedWeight(2, 32, pack(codes, 2), np.ones((2, 1), np.float16), None)
-    with pytest.raises(ValueError, match="4, 5 and 8 bits"):
-        TorchCpuBackend().prepare([part])
 
 
 @pytest.mark.parametrize(("dtype", "rounded"), [("f32", 1.00390625 + 2**-20), ("bf16", 1.0)])

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from swarmd.node.engine.cpu.bindings import GROUP, TILE, Matrix, Segment, load
-from swarmd.node.engine.quantized import Array, DenseWeight, QuantizedWeight, Weight
-from swarmd.node.models.gguf_types import GGUFType
+from swarmd.node.engine.quantized import Array, DenseWeight, FloatType, QuantizedWeight, Weight
 
 QUANTIZED_KIND = 3
-DENSE_KINDS: dict[GGUFType, int] = {GGUFType.F32: 0, GGUFType.F16: 1, GGUFType.BF16: 2}
+DENSE_KINDS: dict[FloatType, int] = {"f32": 0, "f16": 1, "bf16": 2}
 
 
 class NativeMatrix:
@@ -54,13 +53,13 @@ class NativeMatrix:
         return self._quantized(part) if isinstance(part, QuantizedWeight) else self._dense(part)
 
     def _quantized(self, part: QuantizedWeight) -> Segment:
-        if part.group_size != GROUP or part.scale.dtype != np.float16:
-            raise ValueError(f"groups of {part.group_size} with scales of {part.scale.dtype} are not supported here")
+        if part.group_size != GROUP or part.scale.kind != "f16" or part.codebook is not None:
+            raise ValueError(f"groups of {part.group_size} with scales of {part.scale.kind} are not supported here")
         tiles, groups, biased = -(-part.rows // TILE), part.columns // GROUP, part.bias is not None
         codes = self._keep(np.empty(tiles * groups * part.bits * 64, np.uint8))
         scales = self._keep(np.empty(tiles * groups * TILE * (2 if biased else 1), np.float16))
-        q, scale = np.ascontiguousarray(part.q, "<u4"), np.ascontiguousarray(part.scale)
-        bias = None if part.bias is None else np.ascontiguousarray(part.bias, np.float16)
+        q, scale = np.ascontiguousarray(part.q, "<u4"), np.ascontiguousarray(part.scale.values)
+        bias = None if part.bias is None else np.ascontiguousarray(part.bias.values, np.float16)
         load().swarmd_pack(
             *(part.bits, part.rows, part.columns, q.ctypes.data, scale.ctypes.data),
             *(None if bias is None else bias.ctypes.data, codes.ctypes.data, scales.ctypes.data),

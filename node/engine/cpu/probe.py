@@ -15,9 +15,9 @@ import torch
 
 from swarmd.node.engine.backends.torch_cpu import TorchCpuBackend
 from swarmd.node.engine.calibrate import best_rate, memory_bandwidth
-from swarmd.node.engine.cpu.bindings import NativeMissing, isa, load
+from swarmd.node.engine.cpu.bindings import GROUP, NativeMissing, isa, load
 from swarmd.node.engine.cpu.matrices import NativeMatrix, aligned
-from swarmd.node.engine.quantized import GROUP_SIZE, QuantizedWeight, pack
+from swarmd.node.engine.quantized import QuantizedWeight, Scales, pack
 
 ROWS, COLUMNS, BITS = 32768, 2048, 4
 """The product that is measured, 4-bit with fp16 scales: the output head of a 1B model, larger than most caches."""
@@ -28,9 +28,9 @@ MEASURE_SECONDS = 0.25
 def weight() -> QuantizedWeight:
     """Random codes; what they are makes no difference to speed."""
     rng = np.random.default_rng(0)
-    scale = rng.uniform(0.01, 0.02, (ROWS, COLUMNS // GROUP_SIZE)).astype(np.float16)
+    scale = rng.uniform(0.01, 0.02, (ROWS, COLUMNS // GROUP)).astype(np.float16)
     codes = rng.integers(0, 1 << BITS, (ROWS, COLUMNS), dtype=np.uint8)
-    return QuantizedWeight(BITS, GROUP_SIZE, pack(codes, BITS), scale, None)
+    return QuantizedWeight(BITS, GROUP, pack(codes, BITS), Scales(scale), None)
 
 
 def native_seconds(sample: QuantizedWeight, rows: int) -> float:
