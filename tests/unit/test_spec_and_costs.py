@@ -128,6 +128,6 @@ def test_costs_refuse_unsupported_types_before_anything_is_loaded(tmp_path: Path
     with GGUFFile.open(path) as file:
         spec = ArchSpec.from_gguf(file.metadata, file.tensors)
         info = file.tensors["blk.1.ffn_up.weight"]
-        object.__setattr__(info, "type", type(info.type).Q4_K)
-        with pytest.raises(ModelFileError, match=r"blk\.1\.ffn_up\.weight.*Q4_K, not supported yet"):
+        object.__setattr__(info, "type", type(info.type).IQ2_XS)
+        with pytest.raises(ModelFileError, match=r"blk\.1\.ffn_up\.weight.*IQ2_XS, not supported yet"):
             model_costs(file, spec)
