@@ -5,6 +5,7 @@ Every tensor's bytes leave their original source once per swarm: who does not ha
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ class ModelExchange:
         self._store = store
         self._mesh = mesh
 
-    async def answer(self, message: GetManifest | GetChunk) -> Struct | tuple[Struct, bytes]:
+    async def answer(self, message: GetManifest | GetChunk) -> Struct | tuple[Struct, bytearray]:
         """What another node asked for. Raises RemoteError when it is not here."""
         if isinstance(message, GetManifest):
             return Manifest(await self._own_manifest(message.sha256))
@@ -65,21 +66,21 @@ class ModelExchange:
         raise ModelFileError(f"no node that is up holds {model.name}; start one that has the file")
 
     async def header(self, manifest: ModelManifest, progress: ProgressCallback) -> Path:
-        """A file whose GGUF header is here (the rest may be holes)."""
-        return await self._fetch(manifest, [(0, manifest.header_bytes)], progress)
+        """What to open as the model; all but its tensors' data is here (that may be holes)."""
+        return await self._fetch(manifest, [manifest.head_range], progress)
 
     async def stage_file(
         self, manifest: ModelManifest, start: int, end: int, progress: ProgressCallback
     ) -> tuple[Path, bool]:
-        """A file that holds the header and the tensors of layers [start, end); whether it may have holes.
+        """What to open as the model; the tensors of layers [start, end) are here too. And whether it may have holes.
 
         Raises ModelFileError when the bytes cannot be had or are not a model this version runs.
         """
         path = await self.header(manifest, progress)
-        with GGUFFile.open(path, sparse=True) as file:
-            names = stage_tensor_names(ArchSpec.from_gguf(file.metadata, file.tensors), start, end)
-            ranges = [(file.tensors[name].offset, file.tensors[name].nbytes) for name in names]
-        path = await self._fetch(manifest, [(0, manifest.header_bytes), *ranges], progress)
+        if self._store.lookup(manifest.sha256) is not None:
+            return path, False
+        ranges = manifest.ranges_of(await asyncio.to_thread(_stage_ranges, path, start, end))
+        path = await self._fetch(manifest, [manifest.head_range, *ranges], progress)
         return path, self._store.lookup(manifest.sha256) is None
 
     async def _own_manifest(self, sha256: str) -> ModelManifest:
@@ -118,3 +119,10 @@ class ModelExchange:
             if any(model.sha256 == sha256 for model in record.models)
         ]
         return [link for link in links if link is not None]
+
+
+def _stage_ranges(path: Path, start: int, end: int) -> list[tuple[str, int, int]]:
+    """Where the tensors of layers [start, end) are: (file name, offset, length)."""
+    with GGUFFile.open(path, sparse=True) as file:
+        names = stage_tensor_names(ArchSpec.from_gguf(file.metadata, file.tensors), start, end)
+        return [(path.name, file.tensors[name].offset, file.tensors[name].nbytes) for name in names]

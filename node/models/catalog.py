@@ -8,6 +8,8 @@ from pathlib import Path
 
 import msgspec
 
+from swarmd.node.models.layout import PICKLED, model_name
+
 DEFAULT_MODEL = "smollm2:135m"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(:[A-Za-z0-9][A-Za-z0-9._-]{0,63})?")
 
@@ -40,8 +42,8 @@ class CatalogEntry(msgspec.Struct, frozen=True):
 
 
 class ModelRef(msgspec.Struct, frozen=True):
-    """What a user's words name: a catalog entry, or else a local GGUF file (absolute path, not looked at
-    yet)."""
+    """What a user's words name: a catalog entry, or else a local GGUF file or folder (absolute path, not
+    looked at yet)."""
 
     name: str
     entry: CatalogEntry | None = None
@@ -69,24 +71,27 @@ def is_model_name(text: str) -> bool:
 
 
 def is_path(text: str) -> bool:
-    """Whether a user who writes `text` means a file: it ends in .gguf, holds a slash, or begins with "~" or
-    "."."""
+    """Whether a user who writes `text` means a file or folder: it ends in .gguf, holds a slash, or begins with "~"
+    or "."."""
     return text.lower().endswith(".gguf") or "/" in text or text.startswith(("~", "."))
 
 
 def resolve(text: str, catalog: tuple[CatalogEntry, ...] = CATALOG) -> ModelRef:
-    """The model that `text` names: a catalog name or alias (any case), or the path of a *.gguf file.
+    """The model that `text` names: a catalog name or alias (any case), or the path of a *.gguf file or a folder.
 
-    Raises ModelNameError for anything else; whether the file is there is the store's question.
+    Raises ModelNameError for anything else; what is at the path is the store's question.
     """
     text = text.strip()
     if "\0" in text:
         raise ModelNameError("a model's name can't hold a NUL character")
     if is_path(text):
         path = Path(text).expanduser()
-        if path.suffix.lower() != ".gguf":
-            raise ModelNameError(f"{text!r} is not a GGUF file: give the path of a file that ends in .gguf")
-        return ModelRef(path.stem, path=path.absolute())
+        if path.suffix.lower() in (".safetensors", *PICKLED):
+            raise ModelNameError(
+                f"{text!r} is neither a file that ends in .gguf nor the folder of a model: a model in safetensors is "
+                "named by its folder, and pickled weights (*.bin, *.pt) are not read"
+            )
+        return ModelRef(model_name(path), path=path.absolute())
     for entry in catalog:
         if text.lower() in (entry.name, *entry.aliases):
             return ModelRef(entry.name, entry=entry)
@@ -97,5 +102,5 @@ def unknown_model(text: str, known: Sequence[str]) -> ModelNameError:
     """The error for a name that nothing answers to; `known` are the names that something does."""
     return ModelNameError(
         f"no model is called {text[:80]!r}; known here: {', '.join(dict.fromkeys(known))}; for another one, "
-        "give the path of its GGUF file (for example ./model.gguf)"
+        "give the path of its GGUF file or folder (for example ./model.gguf or ./folder)"
     )

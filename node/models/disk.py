@@ -8,9 +8,11 @@ import fcntl
 import hashlib
 import os
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
+
+from swarmd.node.models.address_space import Span
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -61,6 +63,35 @@ def hash_file(stop: threading.Event, path: Path, report: Callable[[int], None]) 
             done += len(block)
             report(done)
     return digest.hexdigest()
+
+
+def read_spans(paths: Sequence[Path], spans: Sequence[Span]) -> bytearray:
+    """The bytes of spans of files, joined. Raises EOFError for a file that ends before, OSError."""
+    data = bytearray(sum(span.length for span in spans))
+    view = memoryview(data)
+    position = 0
+    for span in spans:
+        with paths[span.file].open("rb", buffering=0) as file:
+            file.seek(span.offset)
+            end = position + span.length
+            while position < end:
+                count = file.readinto(view[position:end])
+                if not count:
+                    raise EOFError(f"{paths[span.file].name} is shorter than it was")
+                position += count
+    return data
+
+
+def write_spans(paths: Sequence[Path], spans: Sequence[Span], data: bytes | bytearray | memoryview) -> None:
+    """Write `data` to spans of files that exist, in order. Raises OSError."""
+    view = memoryview(data)
+    position = 0
+    for span in spans:
+        with paths[span.file].open("r+b", buffering=0) as file:
+            file.seek(span.offset)
+            end = position + span.length
+            while position < end:
+                position += file.write(view[position:end])
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -1,28 +1,29 @@
-"""A model file of which only some chunks are here: a node needs the tensors of its own layers and no more."""
+"""A model of which only some chunks are here: a node needs the tensors of its own layers and no more."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import os
+import shutil
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from swarmd.node.models.disk import in_thread, write_atomic
+from swarmd.node.models.disk import in_thread, write_atomic, write_spans
 from swarmd.node.models.errors import ModelFileError
-from swarmd.node.models.manifest import CHUNK_SIZE, ModelManifest
+from swarmd.node.models.layout import placed
+from swarmd.node.models.manifest import ModelManifest
 from swarmd.node.models.progress import Progress, ProgressCallback
 
 log = logging.getLogger("swarmd.models")
 
 REQUESTS_IN_FLIGHT = 4
+BYTES_IN_FLIGHT = 8 << 20
+"""Large models have large chunks; of those fewer are asked for at a time, so that heartbeats are not held up."""
 CHUNKS_PER_COMMIT = 8
 """Chunks brought between two savings of the bitmap, and so the most that a kill makes to be fetched again."""
-
-# macOS has no fdatasync in Python; fsync does more than is needed.
-_sync_data: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)
 
 FetchChunk = Callable[[int], Awaitable[bytes | bytearray | memoryview]]
 """Brings chunk `index` from some source; raises what it likes when it can't."""
@@ -32,7 +33,6 @@ FetchChunk = Callable[[int], Awaitable[bytes | bytearray | memoryview]]
 class _Fetch:
     """One call of `PartialModel.fetch`, shared by its workers."""
 
-    fd: int
     missing: Iterator[int]
     fetch_chunk: FetchChunk
     source: str
@@ -42,7 +42,8 @@ class _Fetch:
 
 
 class PartialModel:
-    """A sparse file of the model's full size beside a bitmap of the chunks that are on disk and verified.
+    """Sparse files of the model's full size, one or in a folder of its own, beside a bitmap of the chunks that are on
+    disk and verified.
 
     A chunk's bit is saved only after the chunk was checked against the manifest, written, and forced to disk
     with `fdatasync`, in groups of 8: whatever kills the process or the machine, a set bit means right bytes,
@@ -51,19 +52,29 @@ class PartialModel:
     """
 
     def __init__(self, directory: Path, manifest: ModelManifest) -> None:
-        """Opens or creates the file (blocking: use a thread). `manifest` must have been checked."""
+        """Opens or creates the files (blocking: use a thread). `manifest` must have been checked."""
         self.manifest = manifest
-        self.path = directory / f"{manifest.sha256}.gguf"
+        self.root = directory / (manifest.sha256 if len(manifest.files) > 1 else f"{manifest.sha256}.gguf")
+        self.layout = placed(self.root, manifest.sizes)
+        self.paths = [file.path for file in self.layout.files]
         self._bitmap_path = directory / f"{manifest.sha256}.chunks"
         self._lock = asyncio.Lock()
         self._commit_lock = threading.Lock()
         self._unsaved: set[int] = set()
+        self._unsynced: set[int] = set()
         self._present = self._load()
-        with self.path.open("ab") as file:
-            if file.tell() != manifest.size:
-                file.truncate(manifest.size)
+        for file in self.layout.files:
+            file.path.parent.mkdir(parents=True, exist_ok=True)
+            with file.path.open("ab") as opened:
+                if opened.tell() != file.size:
+                    opened.truncate(file.size)
         if not self._present:
             self._save(set())
+
+    @property
+    def path(self) -> Path:
+        """What to open: the file, the first shard, or the folder."""
+        return self.layout.path
 
     @property
     def complete(self) -> bool:
@@ -72,7 +83,7 @@ class PartialModel:
 
     def has(self, offset: int, length: int) -> bool:
         """Whether all of these bytes are on disk and verified. Raises ValueError when they are outside the
-        file."""
+        model."""
         return self._present.issuperset(self.manifest.chunks_of([(offset, length)]))
 
     def missing_bytes(self, ranges: Sequence[tuple[int, int]]) -> int:
@@ -88,8 +99,8 @@ class PartialModel:
         source: str,
         progress: ProgressCallback,
     ) -> Path:
-        """Bring the chunks that hold the byte ranges (offset, length) and are not here yet, four at a time;
-        returns the path of the sparse file. Several fetches of one model take turns.
+        """Bring the chunks that hold the byte ranges (offset, length) and are not here yet, up to four at a time;
+        returns `path`. Several fetches of one model take turns.
 
         Raises ModelFileError naming `source` (the peer's name) for a chunk that is not what the manifest
         says, else what `fetch_chunk` raised; chunks that came before are kept.
@@ -99,29 +110,30 @@ class PartialModel:
             missing = [i for i in wanted if i not in self._present]
             total = sum(map(self.manifest.chunk_length, wanted))
             done = total - sum(map(self.manifest.chunk_length, missing))
-            fd = await asyncio.to_thread(os.open, self.path, os.O_RDWR | os.O_CLOEXEC)
-            fetch = _Fetch(fd, iter(missing), fetch_chunk, source, progress, done, total)
+            at_once = min(REQUESTS_IN_FLIGHT, max(1, BYTES_IN_FLIGHT // self.manifest.chunk_size))
+            fetch = _Fetch(iter(missing), fetch_chunk, source, progress, done, total)
             try:
                 self._report(fetch, 0)
                 async with asyncio.TaskGroup() as group:
-                    for _ in range(min(REQUESTS_IN_FLIGHT, len(missing))):
+                    for _ in range(min(at_once, len(missing))):
                         group.create_task(self._work(fetch))
             except BaseExceptionGroup as failures:
                 raise failures.exceptions[0] from None
             finally:
-                await in_thread(self._finish, fd)
+                await in_thread(self._finish)
         return self.path
 
     def release(self) -> None:
-        """The complete file has its final place: remove the bitmap (blocking)."""
+        """The complete model has its final place: remove the bitmap (blocking)."""
         self._bitmap_path.unlink(missing_ok=True)
 
     def discard(self) -> None:
-        """Remove the file and its bitmap (blocking); nothing is here afterwards."""
+        """Remove the files and their bitmap (blocking); nothing is here afterwards."""
         self._present = set()
         self._unsaved = set()
+        self._unsynced = set()
         self._bitmap_path.unlink(missing_ok=True)
-        self.path.unlink(missing_ok=True)
+        remove(self.root)
 
     async def _work(self, fetch: _Fetch) -> None:
         for index in fetch.missing:
@@ -135,28 +147,26 @@ class PartialModel:
                 f"chunk {index} of {self.manifest.name} from {fetch.source} is not what the manifest "
                 "says and was refused; fetch it from another node"
             )
-        written = 0
-        view = memoryview(data)
-        while written < len(view):
-            written += os.pwrite(fetch.fd, view[written:], index * CHUNK_SIZE + written)
+        spans = self.manifest.space.spans(index * self.manifest.chunk_size, len(data))
+        write_spans(self.paths, spans, data)
         with self._commit_lock:
             self._unsaved.add(index)
+            self._unsynced.update(span.file for span in spans)
             if len(self._unsaved) >= CHUNKS_PER_COMMIT:
-                self._commit(fetch.fd)
+                self._commit()
 
-    def _finish(self, stop: threading.Event, fd: int) -> None:
-        try:
-            with self._commit_lock:
-                self._commit(fd)
-        finally:
-            os.close(fd)
+    def _finish(self, stop: threading.Event) -> None:
+        with self._commit_lock:
+            self._commit()
 
-    def _commit(self, fd: int) -> None:
+    def _commit(self) -> None:
         if not self._unsaved:
             return
-        _sync_data(fd)
+        for number in self._unsynced:
+            _sync_data(self.paths[number])
         self._save(self._present | self._unsaved)
         self._unsaved = set()
+        self._unsynced = set()
 
     def _save(self, present: set[int]) -> None:
         bitmap = bytearray(-(-self.manifest.n_chunks // 8))
@@ -168,12 +178,12 @@ class PartialModel:
     def _load(self) -> set[int]:
         try:
             saved = self._bitmap_path.read_bytes()
-            size = self.path.stat().st_size
+            sizes = [path.stat().st_size for path in self.paths]
         except FileNotFoundError:
             self._bitmap_path.unlink(missing_ok=True)
             return set()
         fingerprint, bitmap = saved[:32], saved[32:]
-        if fingerprint != self.manifest.fingerprint() or size != self.manifest.size:
+        if fingerprint != self.manifest.fingerprint() or sizes != [part.size for part in self.manifest.files]:
             log.warning("chunks of %s kept from another manifest are not used", self.manifest.name)
             self.discard()
             return set()
@@ -182,3 +192,24 @@ class PartialModel:
     def _report(self, fetch: _Fetch, new_bytes: int) -> None:
         fetch.done += new_bytes
         fetch.progress(Progress(self.manifest.name, fetch.done, fetch.total, "peer"))
+
+
+def remove(root: Path) -> None:
+    """Remove a model's file or folder, if it is there (blocking)."""
+    if root.is_dir() and not root.is_symlink():
+        shutil.rmtree(root)
+    else:
+        root.unlink(missing_ok=True)
+
+
+# macOS has no fdatasync in Python; fsync does more than is needed.
+_fdatasync: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)
+
+
+def _sync_data(path: Path) -> None:
+    """Force to disk what anybody has written to a file."""
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        _fdatasync(fd)
+    finally:
+        os.close(fd)

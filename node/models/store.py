@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import re
 import shutil
 import threading
@@ -13,19 +12,22 @@ from pathlib import Path
 
 import msgspec
 
+from swarmd.node.models.adoption import adopt_files, clear_adopted
 from swarmd.node.models.catalog import CATALOG, CatalogEntry, ModelNameError, is_path, resolve, unknown_model
-from swarmd.node.models.disk import file_lock, hash_file, in_thread, on_loop, sync_directory, write_atomic
+from swarmd.node.models.disk import file_lock, in_thread, on_loop, read_spans, sync_directory, write_atomic
 from swarmd.node.models.errors import ModelFileError
-from swarmd.node.models.gguf import GGUFFile
-from swarmd.node.models.manifest import CHUNK_SIZE, ModelManifest, build_manifest
+from swarmd.node.models.heads import head_sizes
+from swarmd.node.models.identity import hash_model
+from swarmd.node.models.layout import ModelLayout, layout_of, model_name
+from swarmd.node.models.manifest import MAX_CHUNK_SIZE, ModelManifest, ModelPart, build_manifest
 from swarmd.node.models.partial import FetchChunk, PartialModel
 from swarmd.node.models.progress import Progress, ProgressCallback
-from swarmd.node.models.registry import FileStamp, Registry, StoredModel
+from swarmd.node.models.registry import Registry, StoredModel, stamps_of
 from swarmd.node.models.wheel_source import ModelSourceError, fetch_model
 
 log = logging.getLogger("swarmd.models")
 
-MAX_RANGE = CHUNK_SIZE
+MAX_RANGE = MAX_CHUNK_SIZE
 """Bytes that one `read_range` may ask for."""
 
 
@@ -37,9 +39,10 @@ class ModelStore:
     """One folder of models, to be used from one event loop; other processes may use the same folder at the
     same time.
 
-    Layout: `files/` complete model files by SHA-256, `partial/` sparse files with their bitmaps, `downloads/`
-    what is on its way, `manifests/` the hashes of chunks, `index.json` the list. Files of the user elsewhere
-    are registered by reference, never copied or changed. Hashing and bulk reading and writing run in threads.
+    Layout: `files/` complete models by SHA-256, a GGUF file or a folder each, `partial/` sparse ones with their
+    bitmaps, `downloads/` what is on its way, `manifests/` the hashes of chunks, `index.json` the list. Models of the
+    user elsewhere are registered by reference, never copied or changed. Hashing and bulk reading and writing run in
+    threads.
     """
 
     def __init__(self, directory: Path, *, catalog: tuple[CatalogEntry, ...] = CATALOG) -> None:
@@ -52,9 +55,8 @@ class ModelStore:
         self._registry = Registry(self._directory)
         self._partials: dict[str, PartialModel] = {}
         self._opening = asyncio.Lock()
-        for path in self._folders["partial"].glob("*.gguf"):  # left for those who still had its path, see `_adopt`
-            if (self._folders["files"] / path.name).exists():
-                path.unlink(missing_ok=True)
+        self._manifests: dict[str, ModelManifest] = {}
+        clear_adopted(self._folders["partial"], self._folders["files"])
 
     def entries(self) -> list[StoredModel]:
         """The complete models on this machine, one per SHA-256."""
@@ -65,14 +67,14 @@ class ModelStore:
 
     def lookup(self, sha256: str) -> StoredModel | None:
         """The complete model with this hash, if it is here."""
-        return next((m for m in self._registry.models() if m.sha256 == sha256), None)
+        return self._registry.by_hash(sha256)
 
     async def ensure(self, name: str, progress: ProgressCallback) -> StoredModel:
         """The model that `name` means, complete and checked: one already here by its name, a catalog name
-        (downloaded when it is not here), or the path of a GGUF file (hashed, unless its size and modification
-        time say that it was).
+        (downloaded when it is not here), or the path of a GGUF file or a folder (hashed, unless sizes and
+        modification times say that it was).
 
-        Raises ModelNameError (nothing has that name), ModelFileError (the file is missing, damaged or not the
+        Raises ModelNameError (nothing has that name), ModelFileError (a file is missing, damaged or not the
         right one), ModelSourceError (it can't be downloaded). Cancelling stops the work; nothing half-written
         ever has a final name.
         """
@@ -86,30 +88,35 @@ class ModelStore:
             known = [entry.name for entry in self._catalog] + [m.name for m in self.entries()]
             raise unknown_model(name, known) from None
         if ref.path is not None:
-            return await self._register(ref.path, ref.name, progress)
+            return await self._register(ref.path, progress)
         assert ref.entry is not None
         return self.lookup(ref.entry.sha256) or await self._download(ref.entry, progress)
 
     async def manifest(self, stored: StoredModel) -> ModelManifest:
-        """The hashes of the model's chunks; computed once and kept on disk."""
-        return await in_thread(self._manifest, stored)
+        """The model's files and the hashes of its chunks; computed once and kept on disk."""
+        if (known := self._manifests.get(stored.sha256)) is None:
+            known = self._manifests[stored.sha256] = await in_thread(self._manifest, stored)
+        return msgspec.structs.replace(known, name=stored.name) if known.name != stored.name else known
 
-    async def read_range(self, sha256: str, offset: int, length: int) -> bytes:
-        """`length` bytes, at most MAX_RANGE, of a model that is here in whole or in that part.
+    async def read_range(self, sha256: str, offset: int, length: int) -> bytearray:
+        """`length` bytes, at most MAX_RANGE, of a model (see `AddressSpace`) that is here in whole or in that part.
 
-        Raises ValueError for a range that is too long or outside the file, RangeUnavailableError when it is
-        not here.
+        Raises ValueError for a range that is too long or outside the model, RangeUnavailableError when it is
+        not here, ModelFileError when the model's files are not what they were.
         """
         if not 0 < length <= MAX_RANGE or offset < 0:
             raise ValueError(f"a range of 1 to {MAX_RANGE} bytes is expected, not {length} at {offset}")
         if stored := self.lookup(sha256):
-            if offset + length > stored.size:
-                raise ValueError(f"bytes {offset}+{length} are outside the file of {stored.size} bytes")
-            return await asyncio.to_thread(_pread, stored.path, offset, length)
-        partial = self._partials.get(sha256)
-        if partial is None or not partial.has(offset, length):
-            raise RangeUnavailableError(f"bytes {offset}+{length} of model {sha256[:16]} are not on this machine")
-        return await asyncio.to_thread(_pread, partial.path, offset, length)
+            paths, space = stored.files, (await self.manifest(stored)).space
+        else:
+            partial = self._partials.get(sha256)
+            if partial is None or not partial.has(offset, length):
+                raise RangeUnavailableError(f"bytes {offset}+{length} of model {sha256[:16]} are not on this machine")
+            paths, space = partial.paths, partial.manifest.space
+        try:
+            return await asyncio.to_thread(read_spans, paths, space.spans(offset, length))
+        except (EOFError, OSError) as error:
+            raise RangeUnavailableError(f"a file of model {sha256[:16]} can't be read ({error})") from None
 
     async def partial(self, manifest: ModelManifest) -> PartialModel:
         """The chunks kept of a model, with what an earlier run has brought. Raises ModelFileError for a
@@ -132,7 +139,7 @@ class ModelStore:
         progress: ProgressCallback,
     ) -> Path:
         """Have the byte ranges (offset, length) of a model here, from peers where they are missing; returns
-        the file that holds them: the complete one when it is here, or else a sparse one of the full size.
+        what to open, which holds them: the complete model when it is here, or else one of sparse files of full size.
 
         Once every chunk is here the whole is checked by its SHA-256 and becomes an ordinary model of this
         store. Raises what `PartialModel.fetch` raises, and ModelSourceError when the disk is too full.
@@ -145,21 +152,20 @@ class ModelStore:
             path = await partial.fetch(ranges, fetch_chunk, source=source, progress=progress)
             return await self._adopt(partial, source, progress) if partial.complete else path
 
-    async def _register(self, path: Path, name: str, progress: ProgressCallback) -> StoredModel:
-        if known := self._registry.by_path(path):
+    async def _register(self, path: Path, progress: ProgressCallback) -> StoredModel:
+        layout = await asyncio.to_thread(layout_of, path)
+        if known := self._registry.by_path(layout.path):
             return known
+        name = _as_name(model_name(path))
         try:
-            stamp = FileStamp.of(path)
-            await asyncio.to_thread(_header_bytes, path)
-            sha256 = await self._hash(path, name, stamp.size, progress)
-            if FileStamp.of(path) != stamp:
+            stamps = stamps_of(layout)
+            await asyncio.to_thread(head_sizes, layout)
+            sha256 = await self._hash(layout, name, progress)
+            if stamps_of(layout) != stamps:
                 raise ModelFileError(f"{path} changed while it was read; try again when it is complete")
-        except FileNotFoundError:
-            raise ModelFileError(f"there is no file {path}; check the path") from None
         except OSError as exc:
             raise ModelFileError(f"{path} can't be read ({exc.strerror}); check its permissions") from exc
-        model = StoredModel(self._name_for(_as_name(name), sha256), path, stamp.size, sha256)
-        return await asyncio.to_thread(self._registry.add, model, stamp)
+        return await asyncio.to_thread(self._registry.add, self._name_for(name, sha256), layout.path, sha256, stamps)
 
     async def _download(self, entry: CatalogEntry, progress: ProgressCallback) -> StoredModel:
         def download_progress(done: int, total: int) -> None:
@@ -178,29 +184,28 @@ class ModelStore:
             unpacked = await fetch_model(entry, work, download_progress, verify_progress)
             unpacked.replace(final)
             await asyncio.to_thread(sync_directory, final.parent)
-            model = StoredModel(entry.name, final, entry.size, entry.sha256)
-            await asyncio.to_thread(self._registry.add, model, FileStamp.of(final))
+            stamps = stamps_of(layout_of(final))
+            model = await asyncio.to_thread(self._registry.add, entry.name, final, entry.sha256, stamps)
             await asyncio.to_thread(shutil.rmtree, work, ignore_errors=True)
         log.info("model %s is on this machine, %d bytes, sha-256 checked", entry.name, entry.size)
         return model
 
     async def _adopt(self, partial: PartialModel, source: str, progress: ProgressCallback) -> Path:
         manifest = partial.manifest
-        sha256 = await self._hash(partial.path, manifest.name, manifest.size, progress)
-        if sha256 != manifest.sha256:
+        sha256 = await self._hash(partial.layout, manifest.name, progress)
+        if sha256 != manifest.sha256 or not _is_itself(partial.layout):
             self._partials.pop(manifest.sha256, None)
             await asyncio.to_thread(partial.discard)
             raise ModelFileError(
                 f"{manifest.name} was fetched whole, but its SHA-256 is not the one that {source} promised; "
                 "it was removed: fetch it from another node"
             )
-        final = self._folders["files"] / partial.path.name
-        await asyncio.to_thread(_link, partial.path, final)
-        model = StoredModel(self._name_for(manifest.name, sha256), final, manifest.size, sha256)
-        await asyncio.to_thread(self._registry.add, model, FileStamp.of(final))
+        layout = await asyncio.to_thread(adopt_files, partial, self._folders["files"])
+        name = self._name_for(manifest.name, sha256)
+        await asyncio.to_thread(self._registry.add, name, layout.path, sha256, stamps_of(layout))
         await asyncio.to_thread(partial.release)
         self._partials.pop(sha256, None)
-        return final
+        return layout.path
 
     def _name_for(self, wanted: str, sha256: str) -> str:
         """The catalog's name for this file, else `wanted`, with the beginning of the hash when another model
@@ -213,8 +218,9 @@ class ModelStore:
             return f"{wanted.partition(':')[0]}:{sha256[:8]}"
         return wanted
 
-    async def _hash(self, path: Path, name: str, size: int, progress: ProgressCallback) -> str:
-        return await in_thread(hash_file, path, on_loop(lambda done: progress(Progress(name, done, size, "verify"))))
+    async def _hash(self, layout: ModelLayout, name: str, progress: ProgressCallback) -> str:
+        size = layout.size
+        return await in_thread(hash_model, layout, on_loop(lambda done: progress(Progress(name, done, size, "verify"))))
 
     def _manifest(self, stop: threading.Event, stored: StoredModel) -> ModelManifest:
         cache = self._folders["manifests"] / f"{stored.sha256}.msgpack"
@@ -223,11 +229,13 @@ class ModelStore:
             if (manifest.sha256, manifest.size) == (stored.sha256, stored.size):
                 return msgspec.structs.replace(manifest, name=stored.name)
         except (FileNotFoundError, msgspec.DecodeError, ModelFileError):
-            pass  # absent, or of another version: it is built anew
-        header = _header_bytes(stored.path)
-        manifest = build_manifest(stop, stored.path, name=stored.name, sha256=stored.sha256, header_bytes=header)
-        if manifest.size != stored.size:
+            pass  # absent, or an earlier version's: it is built anew
+        layout = layout_of(stored.path)
+        sized = zip(layout.files, head_sizes(layout), strict=True)
+        parts = [ModelPart(file.name, file.size, head) for file, head in sized]
+        if tuple(file.path for file in layout.files) != stored.files or layout.size != stored.size:
             raise ModelFileError(f"{stored.path} changed after it was checked; load the model again")
+        manifest = build_manifest(stop, stored.files, parts, name=stored.name, sha256=stored.sha256)
         write_atomic(cache, msgspec.msgpack.encode(manifest))
         return manifest
 
@@ -240,33 +248,14 @@ class ModelStore:
             )
 
 
-def _header_bytes(path: Path) -> int:
-    with GGUFFile.open(path) as gguf:
-        return gguf.header_bytes
-
-
-def _pread(path: Path, offset: int, length: int) -> bytes:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+def _is_itself(layout: ModelLayout) -> bool:
+    """Whether whoever looks at the files finds the same model in them, as its index could say otherwise."""
     try:
-        data = os.pread(fd, length, offset)
-    finally:
-        os.close(fd)
-    if len(data) != length:
-        raise RangeUnavailableError(f"{path.name} is shorter than it was; it can't be served")
-    return data
-
-
-def _link(path: Path, final: Path) -> None:
-    """Give a completed file its final name. Its old one stays until the store is next opened, because a stage
-    may be about to open it."""
-    final.unlink(missing_ok=True)
-    try:
-        os.link(path, final)
-    except OSError:  # a file system without hard links
-        path.replace(final)
-    sync_directory(final.parent)
+        return layout_of(layout.path).files == layout.files
+    except ModelFileError:
+        return False
 
 
 def _as_name(stem: str) -> str:
-    """A file's stem as a model name: what a name can't hold becomes "-"."""
+    """The name of a file or folder as a model name: what a name can't hold becomes "-"."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[:96] or "model"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from swarmd.node.models.manifest import CHUNK_SIZE
+from swarmd.node.models.manifest import CHUNK_SIZE, ModelManifest
 from swarmd.node.models.progress import Progress
+from swarmd.node.models.store import ModelStore
 
 
 def ignore(progress: Progress) -> None:
@@ -33,3 +34,17 @@ class Peer:
         await asyncio.sleep(0)
         self.open -= 1
         return self.data[index * CHUNK_SIZE : (index + 1) * CHUNK_SIZE]
+
+
+class StorePeer:
+    """Serves chunks of a model that a store has, and counts what was asked."""
+
+    def __init__(self, store: ModelStore, manifest: ModelManifest) -> None:
+        self._store = store
+        self._manifest = manifest
+        self.asked: list[int] = []
+
+    async def chunk(self, index: int) -> bytearray:
+        self.asked.append(index)
+        offset = index * self._manifest.chunk_size
+        return await self._store.read_range(self._manifest.sha256, offset, self._manifest.chunk_length(index))

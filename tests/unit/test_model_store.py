@@ -13,7 +13,7 @@ from support.package_index import tiny_entry, write_tiny_gguf
 
 from swarmd.node.models.catalog import CATALOG, DEFAULT_MODEL, ModelNameError, resolve
 from swarmd.node.models.errors import ModelFileError
-from swarmd.node.models.manifest import CHUNK_SIZE, ModelManifest, chunk_hash
+from swarmd.node.models.manifest import CHUNK_SIZE, ModelManifest, ModelPart, chunk_hash
 from swarmd.node.models.progress import Progress
 from swarmd.node.models.store import MAX_RANGE, ModelStore, RangeUnavailableError
 
@@ -50,10 +50,16 @@ def test_an_unknown_name_says_what_is_known_and_how_to_give_a_file(name: str) ->
         resolve(name)
 
 
-@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/shadow", "~/x", "./model.bin", "a/b"])
-def test_a_path_to_something_else_than_a_gguf_is_refused(name: str) -> None:
+@pytest.mark.parametrize("name", ["./model.bin", "a/model.safetensors", "/x/pytorch_model.pt"])
+def test_a_path_to_weights_that_are_no_model_alone_is_refused(name: str) -> None:
     with pytest.raises(ModelNameError, match=r"ends in \.gguf"):
         resolve(name)
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/shadow", "~/x", "a/b", "/dev/null"])
+async def test_a_path_to_something_else_than_a_model_is_refused(store: ModelStore, name: str) -> None:
+    with pytest.raises(ModelFileError, match=r"there is no file or folder|is not a GGUF file"):
+        await store.ensure(name, ignore)
 
 
 async def test_a_local_file_is_registered_where_it_lies(store: ModelStore, model: Path, tmp_path: Path) -> None:
@@ -110,7 +116,7 @@ async def test_what_is_no_gguf_or_not_there_is_refused(store: ModelStore, tmp_pa
     text.write_text("this is not a model, but long enough to hold a header")
     with pytest.raises(ModelFileError, match=r"text\.gguf"):
         await store.ensure(str(text), ignore)
-    with pytest.raises(ModelFileError, match="there is no file"):
+    with pytest.raises(ModelFileError, match="there is no file or folder"):
         await store.ensure(str(tmp_path / "missing.gguf"), ignore)
     (tmp_path / "folder.gguf").mkdir()
     with pytest.raises(ModelFileError, match=r"folder\.gguf"):
@@ -137,7 +143,8 @@ async def test_the_manifest_describes_every_chunk(manifest: ModelManifest, model
     assert manifest.size == len(data)
     assert manifest.n_chunks == 21
     assert manifest.chunks == b"".join(chunk_hash(data[i : i + CHUNK_SIZE]) for i in range(0, len(data), CHUNK_SIZE))
-    assert 0 < manifest.header_bytes < 4096
+    assert manifest.head_range[0] == 0
+    assert 0 < manifest.head_range[1] < 4096
     assert sum(map(manifest.chunk_length, range(21))) == len(data)
 
 
@@ -149,8 +156,12 @@ async def test_the_manifest_is_kept_on_disk(
     stored = await store.ensure(str(model), ignore)
     assert await store.manifest(stored) == manifest
     assert cache.stat().st_mtime_ns == before
-    cache.write_bytes(b"garbage")
-    assert await store.manifest(stored) == manifest
+    earlier = {"sha256": stored.sha256, "name": stored.name, "size": stored.size, "chunk_size": CHUNK_SIZE}
+    for content in (b"garbage", msgspec.msgpack.encode(earlier | {"chunks": manifest.chunks, "header_bytes": 96})):
+        cache.write_bytes(content)
+        fresh = ModelStore(tmp_path / "models")
+        assert await fresh.manifest(stored) == manifest, "damaged, or an earlier version's: it is built anew"
+        assert msgspec.msgpack.decode(cache.read_bytes(), type=ModelManifest) == manifest
 
 
 @pytest.mark.parametrize(
@@ -160,12 +171,14 @@ async def test_the_manifest_is_kept_on_disk(
         {"sha256": "A" * 64},
         {"name": "../x"},
         {"name": "/x"},
-        {"size": 0},
-        {"size": 1 << 60},
+        {"files": (ModelPart("model.gguf", 0, 0),)},
+        {"files": (ModelPart("model.gguf", 1 << 60, 9),)},
+        {"files": (ModelPart("model.gguf", 20 << 20, -1),)},
+        {"files": (ModelPart("model.gguf", 20 << 20, 1 << 40),)},
+        {"files": (ModelPart("../model.gguf", 20 << 20, 9),)},
+        {"files": ()},
         {"chunk_size": 1},
         {"chunks": b"short"},
-        {"header_bytes": -1},
-        {"header_bytes": 1 << 40},
     ],
 )
 async def test_a_manifest_that_contradicts_itself_is_refused(
@@ -178,7 +191,7 @@ async def test_a_manifest_that_contradicts_itself_is_refused(
 
 async def test_ranges_of_a_complete_model(store: ModelStore, manifest: ModelManifest, model: Path) -> None:
     data = contents(model)
-    assert await store.read_range(manifest.sha256, 5, MAX_RANGE) == data[5 : 5 + MAX_RANGE]
+    assert await store.read_range(manifest.sha256, 5, CHUNK_SIZE) == data[5 : 5 + CHUNK_SIZE]
     assert await store.read_range(manifest.sha256, len(data) - 1, 1) == data[-1:]
     for offset, length in ((0, 0), (0, MAX_RANGE + 1), (-1, 5), (len(data), 1), (len(data) - 1, 2)):
         with pytest.raises(ValueError, match="bytes"):
