@@ -58,8 +58,8 @@ OPTIONS: dict[str, Option] = {
     "device": Option("Which device carries layers: auto or cpu. Default: auto.", "DEVICE"),
     "threads": Option("CPU threads for computing. Default: the physical cores.", "COUNT"),
     "model": Option(
-        "Model to serve as soon as nobody else in the swarm does: a name, the path of a GGUF file, or 'none'. "
-        f"Default: {DEFAULT_MODEL}.",
+        "Model to serve as soon as nobody else in the swarm does: a name, the path of a GGUF file or a folder, or "
+        f"'none'. Default: {DEFAULT_MODEL}.",
         "MODEL",
     ),
     "context": Option(
@@ -74,7 +74,7 @@ OPTIONS: dict[str, Option] = {
     ),
     "draft_model": Option(
         "A small model with the vocabulary of the models that this node drives: it guesses tokens ahead for them, and "
-        "takes memory here for that. A name, or the path of a GGUF file. Default: none.",
+        "takes memory here for that. A name, or the path of a GGUF file or a folder. Default: none.",
         "MODEL",
     ),
     "kernels": Option(

@@ -16,7 +16,7 @@ HELP = """Run large language models on all the machines you own, together.
 Bare `swarmd` starts this machine's node. The first start founds a swarm and prints what to type on the next machine.
 Every option may also stand in the environment as SWARMD_NAME_OF_OPTION, or in config.toml in the data dir."""
 
-MODEL_HELP = "Name of a model, or the path of a GGUF file."
+MODEL_HELP = "Name of a model, or the path of a GGUF file or a folder."
 # Small models, which most machines run, wander at the API's usual 1 and, where two words are as likely, at 0.2 still.
 CHAT_TEMPERATURE = 0.0
 

@@ -138,15 +138,17 @@ def present_metadata(folder: Path) -> list[str]:
 def model_name(path: Path) -> str:
     """What to call the model at a path: its folder, or its file without the ending and the number of the shard.
 
-    A snapshot in a hub's cache (models--OWNER--NAME/snapshots/COMMIT) is called after the model.
+    A snapshot in a hub's cache (models--OWNER--NAME/snapshots/COMMIT) is called after the model. What a model's name
+    can't hold becomes "-".
     """
     path = Path(os.path.abspath(path))
+    name = path.name
     if path.suffix.lower() == ".gguf":
-        shard = _SHARD.fullmatch(path.name)
-        return shard[1] if shard else path.stem
-    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
-        return path.parent.parent.name.rpartition("--")[2]
-    return path.name
+        shard = shard_of(path.name)
+        name = shard[0] if shard else path.stem
+    elif path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+        name = path.parent.parent.name.rpartition("--")[2]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")[:96] or "model"
 
 
 def shard_of(name: str) -> tuple[str, int, int] | None:

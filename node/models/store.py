@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import shutil
 import threading
 from collections.abc import Sequence
@@ -156,7 +155,7 @@ class ModelStore:
         layout = await asyncio.to_thread(layout_of, path)
         if known := self._registry.by_path(layout.path):
             return known
-        name = _as_name(model_name(path))
+        name = model_name(path)
         try:
             stamps = stamps_of(layout)
             await asyncio.to_thread(head_sizes, layout)
@@ -254,8 +253,3 @@ def _is_itself(layout: ModelLayout) -> bool:
         return layout_of(layout.path).files == layout.files
     except ModelFileError:
         return False
-
-
-def _as_name(stem: str) -> str:
-    """The name of a file or folder as a model name: what a name can't hold becomes "-"."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[:96] or "model"

@@ -204,6 +204,10 @@ def test_names_of_real_models_are_a_layout(folder: Path, tmp_path: Path) -> None
         ("a/x.Q4_K_M.gguf", "x.Q4_K_M"),
         ("a/x-00002-of-00003.gguf", "x"),
         ("models--o--Llama-3/snapshots/abc", "Llama-3"),
+        ("Tiny Model (1).gguf", "Tiny-Model-1"),
+        ("\u6a21\u578b", "model"),
+        ("/", "model"),
+        ("a/x-00003-of-00002.gguf", "x-00003-of-00002"),
     ],
 )
 def test_a_model_is_called_after_its_file_or_folder(path: str, name: str) -> None:
