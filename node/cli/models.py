@@ -14,11 +14,10 @@ from rich.table import Table
 from swarmd.node.cli.console import CommandError, guarded, settings_of
 from swarmd.node.config import ConfigError
 from swarmd.node.data_dir import DataDir
-from swarmd.node.engine.spec import ArchSpec
 from swarmd.node.models.catalog import CATALOG, ModelNameError, resolve
+from swarmd.node.models.checkpoint import open_checkpoint
 from swarmd.node.models.costs import model_costs
 from swarmd.node.models.errors import ModelFileError
-from swarmd.node.models.gguf import GGUFFile
 from swarmd.node.models.progress import Progress
 from swarmd.node.models.store import ModelStore
 from swarmd.partition.units import format_bytes
@@ -84,8 +83,8 @@ def check_servable(data_dir: DataDir, name: str) -> None:
     try:
         path = resolve(name).path
         if path is not None:
-            with GGUFFile.open(path) as file:
-                model_costs(file, ArchSpec.from_gguf(file.metadata, file.tensors))
+            with open_checkpoint(path) as checkpoint:
+                model_costs(checkpoint)
     except (ModelNameError, ModelFileError, OSError) as error:
         raise ConfigError(f"--model: {error}") from None
 

@@ -12,11 +12,10 @@ from swarmd.discovery.records import InstanceRecord, ModelSummary, NodeRecord
 from swarmd.node.cluster.instances import Instances
 from swarmd.node.cluster.model_exchange import ModelExchange
 from swarmd.node.cluster.signal import Signal
-from swarmd.node.engine.spec import ArchSpec
 from swarmd.node.models.catalog import ModelNameError, resolve
+from swarmd.node.models.checkpoint import open_checkpoint
 from swarmd.node.models.costs import model_costs
 from swarmd.node.models.errors import ModelFileError
-from swarmd.node.models.gguf import GGUFFile
 from swarmd.node.models.progress import ProgressCallback
 from swarmd.node.models.store import ModelStore
 from swarmd.partition.costs import ModelCosts
@@ -150,6 +149,6 @@ def promises(wanted: int | None, most: int) -> list[Promise]:
 
 
 def _read_model(path: Path, name: str, sha256: str, size: int) -> tuple[ModelSummary, ModelCosts]:
-    with GGUFFile.open(path, sparse=True) as file:
-        spec = ArchSpec.from_gguf(file.metadata, file.tensors)
-        return ModelSummary(name, sha256, size, spec.context_length, spec.architecture), model_costs(file, spec)
+    with open_checkpoint(path, sparse=True) as checkpoint:
+        spec = checkpoint.spec
+        return ModelSummary(name, sha256, size, spec.context_length, spec.architecture), model_costs(checkpoint)

@@ -15,9 +15,8 @@ from msgspec import Struct
 from swarmd.discovery.records import ModelSummary
 from swarmd.node.cluster.mesh import Mesh
 from swarmd.node.cluster.messages import GetChunk, GetManifest, Manifest, ModelChunk
-from swarmd.node.engine.spec import ArchSpec, stage_tensor_names
+from swarmd.node.models.checkpoint import open_checkpoint
 from swarmd.node.models.errors import ModelFileError
-from swarmd.node.models.gguf import GGUFFile
 from swarmd.node.models.manifest import ModelManifest
 from swarmd.node.models.progress import ProgressCallback
 from swarmd.node.models.store import ModelStore, RangeUnavailableError
@@ -123,6 +122,5 @@ class ModelExchange:
 
 def _stage_ranges(path: Path, start: int, end: int) -> list[tuple[str, int, int]]:
     """Where the tensors of layers [start, end) are: (file name, offset, length)."""
-    with GGUFFile.open(path, sparse=True) as file:
-        names = stage_tensor_names(ArchSpec.from_gguf(file.metadata, file.tensors), start, end)
-        return [(path.name, file.tensors[name].offset, file.tensors[name].nbytes) for name in names]
+    with open_checkpoint(path, sparse=True) as checkpoint:
+        return [(part.file, part.offset, part.nbytes) for part in checkpoint.stage_ranges(start, end)]

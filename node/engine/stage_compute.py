@@ -1,6 +1,6 @@
 """The seam between a stage's bookkeeping and its arithmetic: what computes a step, and keeps the KV cache for it.
 
-Two implementations: `NativeCompute` runs a whole step in one call of our own kernels; `TorchCompute` runs the decoder
+Two implementations: `NativeCompute` runs a whole step in one call of our own kernels; `DecoderCompute` runs the decoder
 over a `Backend`'s operations. Needs no array library but numpy.
 """
 
@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
+
+Kernels = Literal["auto", "native", "torch"]
+"""What computes on a CPU: our own kernels, plain torch, or our own where they were built and can."""
 
 WireDtype = Literal["f32", "bf16"]
 WIRE_ITEM_BYTES: dict[str, int] = {"f32": 4, "bf16": 2}

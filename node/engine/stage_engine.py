@@ -6,15 +6,17 @@ import gc
 import logging
 import os
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Protocol, cast
 
 import msgspec
 
+from swarmd.node.engine.computes import load_compute
 from swarmd.node.engine.sampling import choose
 from swarmd.node.engine.sampling_params import SamplingParams
 from swarmd.node.engine.spec import ArchSpec
 from swarmd.node.engine.stage_compute import (
     WIRE_ITEM_BYTES,
+    Kernels,
     KvExhausted,
     Span,
     StageCompute,
@@ -23,13 +25,11 @@ from swarmd.node.engine.stage_compute import (
     WireDtype,
 )
 from swarmd.node.engine.weights import ReportProgress
+from swarmd.node.models.checkpoint import open_checkpoint
 
 __all__ = ["KvExhausted", "Sample", "SequenceChunk", "StageEngine", "StepChunk", "StepError", "StepResult"]
 
 log = logging.getLogger("swarmd.engine")
-
-Kernels = Literal["auto", "native", "torch"]
-"""What computes: our own kernels, plain torch, or our own where they were built."""
 
 
 class StepChunk(Protocol):
@@ -99,19 +99,32 @@ class StageEngine:
         *,
         threads: int,
         kv_tokens: int,
+        context: int | None = None,
         sparse: bool = False,
+        device: str = "cpu",
         kernels: Kernels = "auto",
         progress: ReportProgress | None = None,
     ) -> StageEngine:
-        """Load a stage from a GGUF file (`sparse`: of which only this stage's tensors need be there).
+        """Load a stage of the model at `path` (`sparse`: of which only this stage's tensors need be there).
 
-        `kv_tokens` is the capacity over all sequences, each counted in whole blocks of 16. `kernels`: "native" are our
-        own, "torch" is plain torch, "auto" our own if they are there. Raises ModelFileError for anything wrong with the
-        file, ValueError for layers outside the model, NativeMissing for "native" where they are not.
+        `kv_tokens` is the capacity over all sequences, each counted in whole blocks of 16; `context` the longest of
+        them, by default the model's. `device` is "cpu", and `kernels` what computes there: "native" are our own,
+        "torch" is plain torch, "auto" our own if they are there and can. Raises ModelFileError for anything wrong with
+        the file, ValueError for layers outside the model or a device without a backend, NativeMissing for "native"
+        where they are not.
         """
-        compute = _compute_class(kernels).load(
-            path, spec, start, end, threads=threads, kv_tokens=kv_tokens, sparse=sparse, progress=progress
-        )
+        with open_checkpoint(path, sparse=sparse) as checkpoint:
+            compute = load_compute(
+                checkpoint,
+                start,
+                end,
+                device=device,
+                kernels=kernels,
+                threads=threads,
+                kv_tokens=kv_tokens,
+                context=context,
+                progress=progress,
+            )
         gc.collect()
         log.info(
             "loaded layers %d to %d: %d bytes of weights, kernels %s",
@@ -243,27 +256,6 @@ class StageEngine:
         except ValueError as error:
             raise StepError(f"sequence {chunk.seq}: {error}") from error
         return Sample(chunk.seq, position, choice.token, choice.logprob, choice.top)
-
-
-def _compute_class(kernels: Kernels) -> Any:
-    """What computes: a class with `load`. Imports torch only where it is used. Raises NativeMissing."""
-    from swarmd.node.engine.cpu.bindings import NativeMissing
-    from swarmd.node.engine.cpu.bindings import load as load_library
-
-    if kernels != "torch":
-        try:
-            load_library()
-        except NativeMissing as error:
-            if kernels == "native":
-                raise
-            log.warning("%s; computing with plain torch, which is slower", error)
-        else:
-            from swarmd.node.engine.cpu.native_compute import NativeCompute
-
-            return NativeCompute
-    from swarmd.node.engine.torch_compute import TorchCompute
-
-    return TorchCompute
 
 
 def _sampled_rows(chunks: Sequence[StepChunk]) -> list[int]:

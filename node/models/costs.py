@@ -6,10 +6,9 @@ from __future__ import annotations
 
 from swarmd.node.engine.backends.base import TILE_ELEMENTS, tile_rows
 from swarmd.node.engine.cpu.bindings import TILE
-from swarmd.node.engine.gguf_blocks import form_of_type
-from swarmd.node.engine.spec import EMBEDDING, HEAD, OUTPUT_NORM, ArchSpec, tensor_shapes
-from swarmd.node.models.errors import ModelFileError
-from swarmd.node.models.gguf import GGUFFile
+from swarmd.node.engine.spec import ArchSpec
+from swarmd.node.engine.tensors import EMBEDDING, OUTPUT_NORM, head_name, layer_prefix, tensor_shapes
+from swarmd.node.models.checkpoint import Checkpoint
 from swarmd.partition.costs import ModelCosts
 
 STEP_ROWS = 512
@@ -20,14 +19,16 @@ ATTENTION_THREADS = 16
 """Threads that the workspace provides with room for attention scores, of 8 queries each."""
 
 
-def model_costs(gguf: GGUFFile, spec: ArchSpec, *, native: bool = True) -> ModelCosts:
+def model_costs(checkpoint: Checkpoint, *, native: bool = True) -> ModelCosts:
     """The costs of every possible stage, computed by our own kernels or else by plain torch.
 
     Raises ModelFileError for missing tensors and unsupported types anywhere.
     """
+    spec = checkpoint.spec
+    checkpoint.check(0, spec.n_layers)
     shapes = tensor_shapes(spec, 0, spec.n_layers)
-    sizes = {name: _held(gguf, name, shape) for name, shape in shapes.items()}
-    head = sizes[EMBEDDING if spec.tied_embeddings else HEAD]
+    sizes = {name: _held(checkpoint, name, shape) for name, shape in shapes.items()}
+    head = sizes[head_name(spec)]
     return ModelCosts(
         layer_bytes=tuple(_layer_bytes(sizes, layer) for layer in range(spec.n_layers)),
         embedding_bytes=sizes[EMBEDDING],
@@ -58,7 +59,7 @@ def _torch_workspace(spec: ArchSpec) -> int:
     qkv = (spec.n_heads + 2 * spec.n_kv_heads) * spec.head_dim
     activations = STEP_ROWS * 4 * (4 * spec.hidden_size + 2 * qkv + 4 * spec.ffn_size)
     # fp32 logits twice: tiles, then joined.
-    return tile + activations + _logits(spec, 2 * 4) + spec.rope_dim // 2 * 4
+    return tile + activations + _logits(spec, 2 * 4)
 
 
 def _logits(spec: ArchSpec, bytes_each: int) -> int:
@@ -66,20 +67,15 @@ def _logits(spec: ArchSpec, bytes_each: int) -> int:
     return spec.vocab_size * (bytes_each * SAMPLED_ROWS + 6 * 8)
 
 
-def _held(gguf: GGUFFile, name: str, shape: tuple[int, ...]) -> int:
-    info = gguf.tensors.get(name)
-    if info is None:
-        raise ModelFileError(f"{gguf.path.name} lacks tensor {name!r}; it is incomplete or of another kind of model")
-    if info.shape != shape:
-        raise ModelFileError(f"tensor {name!r} of {gguf.path.name} has shape {info.shape}; the header implies {shape}")
+def _held(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> int:
     if len(shape) == 1:
         return shape[0] * 4
     # Our own kernels fill up a matrix's rows to whole tiles.
-    return form_of_type(name, info.type, shape).nbytes(_whole_tiles(shape[0]), shape[1])
+    return checkpoint.form(name).nbytes(_whole_tiles(shape[0]), shape[1])
 
 
 def _layer_bytes(sizes: dict[str, int], layer: int) -> int:
-    return sum(size for name, size in sizes.items() if name.startswith(f"blk.{layer}."))
+    return sum(size for name, size in sizes.items() if name.startswith(layer_prefix(layer)))
 
 
 def _whole_tiles(rows: int) -> int:

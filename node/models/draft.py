@@ -8,9 +8,9 @@ from pathlib import Path
 import msgspec
 
 from swarmd.node.engine.spec import ArchSpec
+from swarmd.node.models.checkpoint import open_checkpoint
 from swarmd.node.models.costs import model_costs
 from swarmd.node.models.errors import ModelFileError
-from swarmd.node.models.gguf import GGUFFile
 from swarmd.node.models.progress import ProgressCallback
 from swarmd.node.models.store import ModelStore
 from swarmd.partition.costs import ModelCosts
@@ -45,9 +45,8 @@ def require_same_vocabulary(draft: Path, drafting: ArchSpec, target: ArchSpec) -
 
 
 def _needed_bytes(path: Path) -> int:
-    with GGUFFile.open(path) as file:
-        spec = ArchSpec.from_gguf(file.metadata, file.tensors)
-        return whole_model_bytes(model_costs(file, spec), min(DRAFT_KV_TOKENS, spec.context_length))
+    with open_checkpoint(path) as checkpoint:
+        return whole_model_bytes(model_costs(checkpoint), min(DRAFT_KV_TOKENS, checkpoint.spec.context_length))
 
 
 def whole_model_bytes(costs: ModelCosts, kv_tokens: int) -> int:

@@ -39,6 +39,7 @@ def load_stage(job: LoadEngine, report: ReportBytes) -> StageEngine:
         job.end,
         threads=job.threads,
         kv_tokens=job.kv_tokens,
+        context=job.context,
         sparse=job.sparse,
         kernels=job.kernels,
         progress=report,
@@ -69,11 +70,10 @@ def load_speculation(job: LoadEngine) -> Speculation | None:
 
 
 def _spec(path: Path, *, sparse: bool) -> ArchSpec:
-    from swarmd.node.engine.spec import ArchSpec
-    from swarmd.node.models.gguf import GGUFFile
+    from swarmd.node.models.checkpoint import open_checkpoint
 
-    with GGUFFile.open(path, sparse=sparse) as file:
-        return ArchSpec.from_gguf(file.metadata, file.tensors)
+    with open_checkpoint(path, sparse=sparse) as checkpoint:
+        return checkpoint.spec
 
 
 async def run(data_dir: Path, daemon_port: int, ticket: str, name: str) -> None:

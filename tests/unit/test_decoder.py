@@ -13,10 +13,9 @@ from swarmd.node.engine.backends.base import RowSpan
 from swarmd.node.engine.backends.torch_cpu import TorchCpuBackend
 from swarmd.node.engine.decoder import Decoder
 from swarmd.node.engine.kv_cache import KvCache
-from swarmd.node.engine.spec import ArchSpec
 from swarmd.node.engine.weights import load_stage_weights
+from swarmd.node.models.checkpoint import open_checkpoint
 from swarmd.node.models.errors import ModelFileError
-from swarmd.node.models.gguf import GGUFFile
 
 MODELS = {
     "fp32": TinyModel(),
@@ -35,10 +34,10 @@ class Model:
     def __init__(self, path: Path) -> None:
         torch.set_grad_enabled(False)
         backend = TorchCpuBackend()
-        with GGUFFile.open(path) as file:
-            spec = ArchSpec.from_gguf(file.metadata, file.tensors)
-            weights = load_stage_weights(file, spec, 0, spec.n_layers, backend)
-        self.decoder = Decoder(spec, weights, backend)
+        with open_checkpoint(path) as file:
+            spec = file.spec
+            weights = load_stage_weights(file, 0, spec.n_layers, backend)
+        self.decoder = Decoder(spec, 0, weights, backend)
         self.cache = KvCache(backend, spec.n_layers, spec.n_kv_heads, spec.head_dim, 64)
         self.cache.open(0)
 
@@ -49,7 +48,7 @@ class Model:
         span = RowSpan(0, len(tokens), start)
         x = self.decoder.forward(self.decoder.embed(tokens), [span], [self.cache.layers(0)])
         self.cache.commit(0, start + len(tokens))
-        return self.decoder.head(x)
+        return torch.from_numpy(self.decoder.head(x))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -15,6 +15,7 @@ from swarmd.node.hardware import Hardware
 from swarmd.node.models.draft import DRAFT_KV_TOKENS, bring_draft, require_same_vocabulary
 from swarmd.node.models.errors import ModelFileError
 from swarmd.node.models.gguf import GGUFFile
+from swarmd.node.models.gguf_spec import spec_from_gguf
 from swarmd.node.models.store import ModelStore
 
 
@@ -28,7 +29,7 @@ def started(data_dir: Path, *words: str | Path) -> tuple[int, str]:
 
 def spec_of(path: Path) -> ArchSpec:
     with GGUFFile.open(path) as file:
-        return ArchSpec.from_gguf(file.metadata, file.tensors)
+        return spec_from_gguf(file.metadata, file.tensors)
 
 
 async def test_it_takes_its_weights_and_its_kv(tmp_path: Path):

@@ -11,10 +11,10 @@ from support.kernels import needs_kernels
 from support.llama_oracle import file_oracle
 
 from swarmd.node.engine.sampling_params import SamplingParams
-from swarmd.node.engine.spec import ArchSpec
 from swarmd.node.engine.stage_engine import Kernels, SequenceChunk, StageEngine
 from swarmd.node.models.chat_template import ChatTemplate
 from swarmd.node.models.gguf import GGUFFile
+from swarmd.node.models.gguf_spec import spec_from_gguf
 from swarmd.node.models.tokenizer import Tokenizer
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -31,7 +31,7 @@ def prompt(smollm2_path: Path) -> tuple[Tokenizer, list[int]]:
 
 def greedy(path: Path, prompt: list[int], *cuts: int, kernels: Kernels) -> list[int]:
     with GGUFFile.open(path) as file:
-        spec = ArchSpec.from_gguf(file.metadata, file.tensors)
+        spec = spec_from_gguf(file.metadata, file.tensors)
     edges = [0, *cuts, spec.n_layers]
     stages = [
         StageEngine.load(path, spec, start, end, threads=2, kv_tokens=256, kernels=kernels)

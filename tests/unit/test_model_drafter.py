@@ -11,9 +11,9 @@ from support.step_costs import cost_of
 from support.tiny_gguf import TinyModel, Type, write_tiny_gguf
 
 from swarmd.node.engine.sampling_params import SamplingParams
-from swarmd.node.engine.spec import ArchSpec
 from swarmd.node.engine.stage_engine import SequenceChunk, StageEngine
 from swarmd.node.models.gguf import GGUFFile
+from swarmd.node.models.gguf_spec import spec_from_gguf
 from swarmd.node.serving import model_drafter
 from swarmd.node.serving.messages import Chunk
 from swarmd.node.serving.model_drafter import ModelDrafter
@@ -188,7 +188,7 @@ def test_a_real_engine_guesses_what_it_would_generate(tmp_path: Path):
     """Through right guesses, wrong ones and a long prompt: after each, the greedy continuation of the text."""
     path = write_tiny_gguf(tmp_path / "draft.gguf", TinyModel(n_layers=2, type=Type.Q8_0))
     with GGUFFile.open(path) as file:
-        spec = ArchSpec.from_gguf(file.metadata, file.tensors)
+        spec = spec_from_gguf(file.metadata, file.tensors)
 
     def load() -> StageEngine:
         return StageEngine.load(path, spec, 0, spec.n_layers, threads=1, kv_tokens=400)

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from support.native_kernels import machine_isas
 
+from swarmd.node.engine.computes import load_compute
 from swarmd.node.engine.cpu import bindings as library
-from swarmd.node.engine.cpu.native_compute import NativeCompute
 from swarmd.node.engine.spec import ArchSpec
-from swarmd.node.engine.stage_compute import Span
-from swarmd.node.engine.torch_compute import TorchCompute
+from swarmd.node.engine.stage_compute import Kernels, Span, StageCompute
+from swarmd.node.models.checkpoint import open_checkpoint
 from swarmd.node.models.gguf import GGUFFile
+from swarmd.node.models.gguf_spec import spec_from_gguf
 from swarmd.node.models.tokenizer import Tokenizer
 
 FOUND = machine_isas()
@@ -90,7 +91,7 @@ TEXTS = (PROSE, FACTS, CODE)
 @pytest.fixture(scope="module")
 def model(smollm2_path: Path) -> tuple[Path, ArchSpec, Tokenizer]:
     with GGUFFile.open(smollm2_path) as file:
-        spec = ArchSpec.from_gguf(file.metadata, file.tensors)
+        spec = spec_from_gguf(file.metadata, file.tensors)
         return smollm2_path, spec, Tokenizer.from_gguf(file.metadata)
 
 
@@ -115,23 +116,27 @@ def texts(model: tuple[Path, ArchSpec, Tokenizer]) -> list[list[int]]:
     return [model[2].encode(text, add_special=False) for text in TEXTS]
 
 
+def compute_of(model: tuple[Path, ArchSpec, Tokenizer], kernels: Kernels, threads: int) -> StageCompute:
+    with open_checkpoint(model[0]) as checkpoint:
+        return load_compute(
+            checkpoint, 0, model[1].n_layers, device="cpu", kernels=kernels, threads=threads, kv_tokens=1024
+        )
+
+
 @pytest.fixture(scope="module")
 def expected(model: tuple[Path, ArchSpec, Tokenizer], texts: list[list[int]]) -> float:
-    path, spec, _ = model
-    return perplexity(TorchCompute.load(path, spec, 0, spec.n_layers, threads=1, kv_tokens=1024), texts)
+    return perplexity(compute_of(model, "torch", 1), texts)
 
 
 @pytest.mark.parametrize("isa", FAST)
 def test_it_stays_within_one_percent_of_fp32(
     model: tuple[Path, ArchSpec, Tokenizer], texts: list[list[int]], expected: float, isa: str
 ):
-    path, spec, _ = model
     assert sum(map(len, texts)) > 900
     assert 1 < expected < 100, "the model reads these texts"
     best = library.isa()
     assert library.select(isa)
     try:
-        compute = NativeCompute.load(path, spec, 0, spec.n_layers, threads=2, kv_tokens=1024)
-        assert abs(perplexity(compute, texts) / expected - 1) <= 0.01
+        assert abs(perplexity(compute_of(model, "native", 2), texts) / expected - 1) <= 0.01
     finally:
         library.select(best)

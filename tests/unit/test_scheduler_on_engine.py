@@ -9,9 +9,9 @@ from support.kernels import why_missing
 from support.tiny_gguf import VOCAB_SIZE, TinyModel, Type, write_tiny_gguf
 
 from swarmd.node.engine.sampling_params import SamplingParams
-from swarmd.node.engine.spec import ArchSpec
 from swarmd.node.engine.stage_engine import SequenceChunk, StageEngine
 from swarmd.node.models.gguf import GGUFFile
+from swarmd.node.models.gguf_spec import spec_from_gguf
 from swarmd.node.serving.messages import TokenChoice
 from swarmd.node.serving.scheduler import Scheduler
 from swarmd.node.serving.sequences import Sequence
@@ -36,7 +36,7 @@ def path(tmp_path_factory):
 
 def load(path, kernels, *cuts, kv_tokens=512):
     with GGUFFile.open(path) as file:
-        spec = ArchSpec.from_gguf(file.metadata, file.tensors)
+        spec = spec_from_gguf(file.metadata, file.tensors)
     edges = pairwise([0, *cuts, MODEL.n_layers])
     return [
         StageEngine.load(path, spec, start, end, threads=1, kv_tokens=kv_tokens, kernels=kernels)

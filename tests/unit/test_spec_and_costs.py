@@ -8,11 +8,15 @@ from typing import Any
 import pytest
 from support.tiny_gguf import TinyModel, Type, write_tiny_gguf
 
-from swarmd.node.engine.spec import ArchSpec, RopeScaling, stage_tensor_names
+from swarmd.node.engine.spec import LinearScaling, RopeSpec
 from swarmd.node.engine.stage_engine import StageEngine
+from swarmd.node.engine.tensors import EMBEDDING, HEAD, OUTPUT_NORM, tensor_shapes
+from swarmd.node.models.checkpoint import open_checkpoint
 from swarmd.node.models.costs import model_costs
 from swarmd.node.models.errors import ModelFileError
 from swarmd.node.models.gguf import GGUFFile
+from swarmd.node.models.gguf_checkpoint import GGUFCheckpoint
+from swarmd.node.models.gguf_spec import spec_from_gguf
 
 METADATA: dict[str, Any] = {
     "general.architecture": "llama",
@@ -40,22 +44,15 @@ def model_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return write_tiny_gguf(tmp_path_factory.mktemp("costs") / "tiny.gguf", MODELS[request.param])
 
 
-def spec_of(path: Path) -> ArchSpec:
-    with GGUFFile.open(path) as file:
-        return ArchSpec.from_gguf(file.metadata, file.tensors)
-
-
 def test_defaults_follow_llama_cpp() -> None:
-    spec = ArchSpec.from_gguf(METADATA, [])
-    assert (spec.vocab_size, spec.head_dim, spec.rope_dim, spec.rope_theta) == (50, 16, 16, 10000.0)
+    spec = spec_from_gguf(METADATA, [])
+    assert (spec.vocab_size, spec.head_dim, spec.ropes) == (50, 16, (RopeSpec(10000.0, 16),))
     assert spec.tied_embeddings
-    assert not spec.rope_factors
-    assert spec.rope_scaling is None
 
 
 def test_linear_rope_scaling_is_read() -> None:
-    spec = ArchSpec.from_gguf({**METADATA, "llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}, [])
-    assert spec.rope_scaling == RopeScaling("linear", 4.0)
+    spec = spec_from_gguf({**METADATA, "llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}, [])
+    assert spec.ropes[0].scaling == LinearScaling(4.0)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +66,7 @@ def test_linear_rope_scaling_is_read() -> None:
         ({"llama.block_count": 1 << 40}, "block_count"),
         ({"llama.attention.head_count_kv": 3}, "cannot share"),
         ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "epsilon"),
-        ({"llama.rope.dimension_count": 8}, "rotary"),
+        ({"llama.rope.dimension_count": 7}, "rotary"),
         ({"llama.rope.scaling.type": "yarn"}, "'yarn'"),
         ({"llama.expert_count": 8}, "experts"),
         ({"llama.attention.sliding_window": 4096}, "sliding"),
@@ -79,25 +76,24 @@ def test_linear_rope_scaling_is_read() -> None:
 def test_unsupported_headers_are_refused(changes: dict[str, Any], says: str) -> None:
     metadata = {key: value for key, value in {**METADATA, **changes}.items() if value is not None}
     with pytest.raises(ModelFileError, match=says):
-        ArchSpec.from_gguf(metadata, [])
+        spec_from_gguf(metadata, [])
 
 
 def test_each_stage_needs_its_own_tensors_only() -> None:
-    spec = ArchSpec.from_gguf(METADATA, ["output.weight"])
-    first, last = stage_tensor_names(spec, 0, 1), stage_tensor_names(spec, 1, 2)
-    assert "token_embd.weight" in first
-    assert {"output.weight", "output_norm.weight"} <= set(last)
+    spec = spec_from_gguf(METADATA, ["output.weight"])
+    first, last = tensor_shapes(spec, 0, 1), tensor_shapes(spec, 1, 2)
+    assert EMBEDDING in first
+    assert {HEAD, OUTPUT_NORM} <= set(last)
     assert not set(first) & set(last)
-    tied = ArchSpec.from_gguf(METADATA, [])
-    assert "token_embd.weight" in stage_tensor_names(tied, 1, 2)
+    tied = spec_from_gguf(METADATA, [])
+    assert EMBEDDING in tensor_shapes(tied, 1, 2)
     with pytest.raises(ValueError, match="not a range"):
-        stage_tensor_names(spec, 1, 3)
+        tensor_shapes(spec, 1, 3)
 
 
 def test_costs_are_what_the_engine_holds_for_every_stage(model_path: Path) -> None:
-    spec = spec_of(model_path)
-    with GGUFFile.open(model_path) as file:
-        costs = model_costs(file, spec)
+    with open_checkpoint(model_path) as checkpoint:
+        spec, costs = checkpoint.spec, model_costs(checkpoint)
     assert costs.n_layers == spec.n_layers
     for start in range(spec.n_layers):
         for end in range(start + 1, spec.n_layers + 1):
@@ -112,9 +108,8 @@ def test_costs_are_what_the_engine_holds_for_every_stage(model_path: Path) -> No
 
 
 def test_costs_count_a_tied_head_as_shared(model_path: Path) -> None:
-    spec = spec_of(model_path)
-    with GGUFFile.open(model_path) as file:
-        costs = model_costs(file, spec)
+    with open_checkpoint(model_path) as checkpoint:
+        spec, costs = checkpoint.spec, model_costs(checkpoint)
     if spec.tied_embeddings:
         assert costs.shared_bytes == costs.embedding_bytes
         assert costs.head_bytes == costs.embedding_bytes + 4 * spec.hidden_size
@@ -126,8 +121,7 @@ def test_costs_count_a_tied_head_as_shared(model_path: Path) -> None:
 def test_costs_refuse_unsupported_types_before_anything_is_loaded(tmp_path: Path) -> None:
     path = write_tiny_gguf(tmp_path / "f64.gguf", TinyModel())
     with GGUFFile.open(path) as file:
-        spec = ArchSpec.from_gguf(file.metadata, file.tensors)
         info = file.tensors["blk.1.ffn_up.weight"]
         object.__setattr__(info, "type", type(info.type).IQ2_XS)
         with pytest.raises(ModelFileError, match=r"blk\.1\.ffn_up\.weight.*IQ2_XS, not supported yet"):
-            model_costs(file, spec)
+            model_costs(GGUFCheckpoint(file))

@@ -13,10 +13,10 @@ from support.kernels import why_missing
 from support.tiny_gguf import TinyModel, Type, write_tiny_gguf
 
 from swarmd.node.engine.sampling_params import SamplingParams
-from swarmd.node.engine.spec import ArchSpec
 from swarmd.node.engine.stage_engine import Kernels, KvExhausted, Sample, SequenceChunk, StageEngine, StepError
 from swarmd.node.models.errors import ModelFileError
 from swarmd.node.models.gguf import GGUFFile
+from swarmd.node.models.gguf_spec import spec_from_gguf
 
 GREEDY = SamplingParams(temperature=0, top_logprobs=3)
 MODEL = TinyModel(type=Type.Q4_1, types={"token_embd": Type.Q8_0}, context_length=96)
@@ -46,7 +46,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load(path: Path, start: int = 0, end: int = MODEL.n_layers, *, kv_tokens: int = 400, **options: Any) -> StageEngine:
     with GGUFFile.open(path) as file:
-        spec = ArchSpec.from_gguf(file.metadata, file.tensors)
+        spec = spec_from_gguf(file.metadata, file.tensors)
     return StageEngine.load(path, spec, start, end, threads=1, kv_tokens=kv_tokens, **CHOSEN, **options)
 
 
@@ -332,7 +332,7 @@ def test_a_stage_loads_from_a_file_that_holds_only_its_own_bytes(path: Path, tmp
 
 def test_a_truncated_file_is_refused(path: Path, tmp_path: Path) -> None:
     with GGUFFile.open(path) as file:
-        spec = ArchSpec.from_gguf(file.metadata, file.tensors)
+        spec = spec_from_gguf(file.metadata, file.tensors)
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(path.read_bytes()[:-5000])
     with pytest.raises(ModelFileError, match="truncated"):

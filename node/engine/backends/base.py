@@ -1,4 +1,4 @@
-"""The seam between the decoder and a machine's arithmetic: the fused operations that a backend implements.
+"""The seam between the decoder and a machine's arithmetic: the operations that a backend implements.
 
 The decoder is written once over these. A backend owns its array type (`Array` below: torch.Tensor, mx.array,
 ...); the decoder passes arrays from one operation to the next and never looks inside. `prepare` turns a
@@ -10,18 +10,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from swarmd.node.engine.quantized import Weight
-from swarmd.node.engine.stage_compute import WireDtype
+from swarmd.node.engine.spec import Activation, MoeSpec, QkNorm
+from swarmd.node.engine.stage_compute import Logits, WireDtype
+
+if TYPE_CHECKING:
+    from swarmd.node.engine.weights import AttentionWeights, MlpWeights, MoeWeights
 
 Array = Any
 """A backend's own array."""
 
 Prepared = Any
 """A matrix as a backend keeps it; its `nbytes` are the bytes of memory held."""
+
+PreparedExperts = Any
+"""The experts of one layer as a backend keeps them."""
 
 TILE_ELEMENTS = 1 << 20
 """At most so many weights are dequantized at a time (unless one row of outputs has more): 4 MiB of fp32."""
@@ -46,6 +53,21 @@ class RowSpan:
     start: int
 
 
+@dataclass(frozen=True)
+class AttentionShape:
+    """What one layer's attention does, as `ArchSpec` and `LayerSpec` say; `eps` is that of the Q and K norms."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    softcap: float | None
+    window: int | None
+    rope: int | None
+    qk_norm: QkNorm
+    eps: float
+
+
 class LayerCache(Protocol):
     """Keys and values of one layer of one sequence, with room for the rows of the step at hand."""
 
@@ -61,12 +83,16 @@ class WeightKeeper(Protocol):
         ...
 
     def prepare_vector(self, values: np.ndarray) -> Array:
-        """A float32 vector (norm weights, rotation frequencies)."""
+        """A float32 vector (norm weights, biases, sinks, rotation frequencies)."""
+        ...
+
+    def prepare_experts(self, experts: Sequence[MlpWeights]) -> PreparedExperts:
+        """The experts of a layer, prepared one by one, as one thing (stacked, say)."""
         ...
 
 
 class Backend(WeightKeeper, Protocol):
-    """About a dozen operations on activations [rows, features] in the backend's working type."""
+    """The operations of the decoder on activations [rows, features] in the backend's working type."""
 
     name: str
 
@@ -82,48 +108,67 @@ class Backend(WeightKeeper, Protocol):
         """Rows `tokens` of the embedding: [len(tokens), hidden]."""
         ...
 
-    def linear(self, x: Array, weight: Prepared) -> Array:
-        """x @ weight.T: [rows, outputs]."""
+    def linear(self, x: Array, weight: Prepared, bias: Array | None = None) -> Array:
+        """x @ weight.T + bias: [rows, outputs]."""
         ...
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
         """x / sqrt(mean(x^2) + eps) * weight along the features (Zhang and Sennrich 2019, arXiv:1910.07467)."""
         ...
 
-    def add(self, x: Array, y: Array) -> Array:
-        """x + y; x may be overwritten."""
+    def add(self, x: Array, y: Array, factor: float) -> Array:
+        """x + factor * y; x may be overwritten."""
         ...
 
-    def rotation(self, positions: Sequence[int], frequencies: Array) -> Array:
+    def scale(self, x: Array, factor: float) -> Array:
+        """x * factor; x may be overwritten."""
+        ...
+
+    def softcap(self, x: Array, cap: float | None) -> Array:
+        """cap * tanh(x / cap); x itself for None. x may be overwritten."""
+        ...
+
+    def weigh(self, x: Array, logits: Array) -> Array:
+        """x * sigmoid(logits), logits [rows, 1]."""
+        ...
+
+    def rotation(self, positions: Sequence[int], frequencies: Array, magnitude: float) -> Array:
         """What `attention` needs to rotate rows at these positions by these frequencies."""
         ...
 
     def attention(
         self,
         qkv: Array,
-        shape: tuple[int, int, int],
-        rotation: Array,
+        shape: AttentionShape,
+        weights: AttentionWeights,
+        rotation: Array | None,
         spans: Sequence[RowSpan],
         caches: Sequence[LayerCache],
     ) -> Array:
-        """Causal grouped-query attention with rotary embedding (rotate-half), each span on its own cache.
+        """Causal grouped-query attention, each span on its own cache.
 
-        `qkv` is [rows, (heads + 2*kv_heads) * head_dim], `shape` (heads, kv_heads, head_dim). Keys are
-        rotated, and keys and values stored in the caches at the spans' positions. Returns [rows,
+        `qkv` is [rows, (heads + 2*kv_heads) * head_dim]. Queries and keys are normed as `shape.qk_norm` says, then
+        rotated (rotate-half, the first dimensions of each head); keys and values are stored in the caches at the spans'
+        positions. Scores are softcap(q.k * scale); a query at position p sees keys from p - window + 1 on; a head's
+        `sinks` logit takes part in its softmax and gives nothing (Xiao et al. 2023, arXiv:2309.17453). Returns [rows,
         heads*head_dim].
         """
         ...
 
-    def gated_mlp(self, x: Array, gate_up: Prepared, down: Prepared) -> Array:
-        """down(silu(gate(x)) * up(x)) with gate and up stacked (Shazeer 2020, arXiv:2002.05202)."""
+    def gate(self, gate_up: Array, activation: Activation) -> Array:
+        """The activation of stacked gate and up [rows, 2*ffn] -> [rows, ffn] (Shazeer 2020, arXiv:2002.05202)."""
+        ...
+
+    def mixture(self, x: Array, scores: Array, moe: MoeSpec, weights: MoeWeights, activation: Activation) -> Array:
+        """The chosen experts' weighted outputs for x [rows, hidden]; `scores` [rows, experts] are the router's."""
         ...
 
     def select(self, x: Array, rows: Sequence[int]) -> Array:
         """The chosen rows."""
         ...
 
-    def logits(self, x: Array) -> Any:
-        """The head's outputs as a float32 CPU torch.Tensor."""
+    def logits(self, x: Array) -> Logits:
+        """The head's outputs, float32 on the host."""
         ...
 
     def new_cache(self, kv_heads: int, head_dim: int, tokens: int, old: LayerCache | None, keep: int) -> LayerCache:

@@ -16,10 +16,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from swarmd.node.engine.backends.base import LayerCache, RowSpan
+from swarmd.node.engine.backends.base import AttentionShape, LayerCache, RowSpan
 from swarmd.node.engine.backends.torch_tiles import Scratch, TiledMatrix, product, tiled
 from swarmd.node.engine.quantized import Weight
-from swarmd.node.engine.stage_compute import WireDtype
+from swarmd.node.engine.spec import Activation, MoeSpec
+from swarmd.node.engine.stage_compute import Logits, WireDtype
+from swarmd.node.engine.weights import AttentionWeights, MlpWeights, MoeWeights
 
 
 @dataclass
@@ -50,6 +52,10 @@ class TorchCpuBackend:
         """A copy as a tensor."""
         return torch.from_numpy(values.astype(np.float32))
 
+    def prepare_experts(self, experts: Sequence[MlpWeights]) -> tuple[MlpWeights, ...]:
+        """As they are: each runs by itself."""
+        return tuple(experts)
+
     def receive(self, data: Any, dtype: WireDtype, rows: int, columns: int) -> torch.Tensor:
         """fp32 copies of the values, so that the buffer stays the caller's."""
         kind = torch.float32 if dtype == "f32" else torch.bfloat16
@@ -66,11 +72,10 @@ class TorchCpuBackend:
         """Only the wanted rows are dequantized."""
         return table.rows_at(torch.tensor(tokens, dtype=torch.int64))
 
-    def linear(self, x: torch.Tensor, weight: TiledMatrix) -> torch.Tensor:
+    def linear(self, x: torch.Tensor, weight: TiledMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:
         """One product per tile."""
-        if x.shape[0] == 1:
-            return self._linear(torch.cat((x, x)), weight)[:1]
-        return self._linear(x, weight)
+        y = self._linear(torch.cat((x, x)), weight)[:1] if x.shape[0] == 1 else self._linear(x, weight)
+        return y if bias is None else y.add_(bias)
 
     def _linear(self, x: torch.Tensor, weight: TiledMatrix) -> torch.Tensor:
         outputs = [product(x, tile.dequantize(self._scratch)) for tile in weight.tiles]
@@ -80,50 +85,123 @@ class TorchCpuBackend:
         """Written out: F.rms_norm is several times slower on CPUs."""
         return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)).mul_(weight)
 
-    def add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def add(self, x: torch.Tensor, y: torch.Tensor, factor: float) -> torch.Tensor:
         """In place."""
-        return x.add_(y)
+        return x.add_(y, alpha=factor)
 
-    def rotation(self, positions: Sequence[int], frequencies: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin, each [rows, 1, head_dim / 2]."""
+    def scale(self, x: torch.Tensor, factor: float) -> torch.Tensor:
+        """In place."""
+        return x if factor == 1.0 else x.mul_(factor)
+
+    def softcap(self, x: torch.Tensor, cap: float | None) -> torch.Tensor:
+        """In place."""
+        return x if cap is None else x.div_(cap).tanh_().mul_(cap)
+
+    def weigh(self, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """In place."""
+        return x.mul_(logits.sigmoid())
+
+    def rotation(
+        self, positions: Sequence[int], frequencies: torch.Tensor, magnitude: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin, each [rows, 1, rotated dimensions / 2]."""
         angles = torch.tensor(positions, dtype=torch.float32)[:, None, None] * frequencies
-        return angles.cos(), angles.sin()
+        return angles.cos().mul_(magnitude), angles.sin().mul_(magnitude)
 
     def attention(
         self,
         qkv: torch.Tensor,
-        shape: tuple[int, int, int],
-        rotation: tuple[torch.Tensor, torch.Tensor],
+        shape: AttentionShape,
+        weights: AttentionWeights,
+        rotation: tuple[torch.Tensor, torch.Tensor] | None,
         spans: Sequence[RowSpan],
         caches: Sequence[LayerCache],
     ) -> torch.Tensor:
         """One scaled dot product per sequence, the query heads of a group folded into rows."""
-        heads, kv_heads, head_dim = shape
+        heads, kv_heads, head_dim = shape.heads, shape.kv_heads, shape.head_dim
         qkv = qkv.view(qkv.shape[0], heads + 2 * kv_heads, head_dim)
-        _rotate(qkv[:, : heads + kv_heads], *rotation)
+        if shape.qk_norm != "none":
+            self._norm_heads(qkv[:, :heads], weights.q_norm, shape)
+            self._norm_heads(qkv[:, heads : heads + kv_heads], weights.k_norm, shape)
+        if rotation is not None:
+            _rotate(qkv[:, : heads + kv_heads], *rotation)
         out = torch.empty(qkv.shape[0], heads * head_dim)
         for span, cache in zip(spans, caches, strict=True):
             rows = qkv[span.begin : span.end]
             stop = span.start + span.end - span.begin
             cache.keys[:, span.start : stop] = rows[:, heads : heads + kv_heads].transpose(0, 1)
             cache.values[:, span.start : stop] = rows[:, heads + kv_heads :].transpose(0, 1)
-            mixed = _attend(rows[:, :heads], cache.keys[:, :stop], cache.values[:, :stop], span.start)
-            out[span.begin : span.end] = mixed
+            first = 0 if shape.window is None else max(0, span.start - shape.window + 1)
+            keys, values = cache.keys[:, first:stop], cache.values[:, first:stop]
+            out[span.begin : span.end] = self._attend(rows[:, :heads], keys, values, span.start - first, shape, weights)
         return out
 
-    def gated_mlp(self, x: torch.Tensor, gate_up: TiledMatrix, down: TiledMatrix) -> torch.Tensor:
-        """gate and up in one product."""
-        both = self.linear(x, gate_up)
-        half = both.shape[1] // 2
-        return self.linear(F.silu(both[:, :half]).mul_(both[:, half:]), down)
+    def _norm_heads(self, x: torch.Tensor, weight: Any, shape: AttentionShape) -> None:
+        """Norm [rows, heads, head_dim] in place, each head by itself or all together."""
+        joined = x if shape.qk_norm == "head" else x.reshape(x.shape[0], -1)
+        x.copy_(self.rms_norm(joined, weight, shape.eps).view(x.shape))
+
+    def _attend(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        start: int,
+        shape: AttentionShape,
+        weights: AttentionWeights,
+    ) -> torch.Tensor:
+        """Of one sequence: queries [rows, heads, d] at positions from `start` on, counted from the first of the keys
+        [kv_heads, n, d].
+        """
+        rows, heads, head_dim = queries.shape
+        kv_heads, n = keys.shape[:2]
+        folded = queries.transpose(0, 1).reshape(kv_heads, heads // kv_heads * rows, head_dim)
+        scores = self.softcap(torch.bmm(folded, keys.transpose(1, 2)).mul_(shape.scale), shape.softcap)
+        if rows > 1:
+            position = torch.arange(start, start + rows)[:, None]
+            blocked = torch.arange(n) > position
+            if shape.window is not None:
+                blocked |= torch.arange(n) <= position - shape.window
+            scores.view(kv_heads, -1, rows, n).masked_fill_(blocked, float("-inf"))
+        if weights.sinks is None:
+            shares = scores.softmax(-1)
+        else:
+            sinks = weights.sinks.view(kv_heads, -1, 1).expand(-1, -1, rows).reshape(kv_heads, -1, 1)
+            shares = torch.cat((scores, sinks), dim=-1).softmax(-1)[..., :-1]
+        mixed = torch.bmm(shares, values)
+        return mixed.view(heads, rows, head_dim).transpose(0, 1).reshape(rows, heads * head_dim)
+
+    def gate(self, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
+        """Overwrites its input."""
+        gate, up = gate_up.chunk(2, dim=1)
+        if activation == "silu":
+            return F.silu(gate).mul_(up)
+        if activation == "gelu_tanh":
+            return F.gelu(gate, approximate="tanh").mul_(up)
+        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+        return (gate * torch.sigmoid(gate * 1.702)).mul_(up + 1)
+
+    def mixture(
+        self, x: torch.Tensor, scores: torch.Tensor, moe: MoeSpec, weights: MoeWeights, activation: Activation
+    ) -> torch.Tensor:
+        """Expert by expert, each for the rows that chose it."""
+        shares, chosen = route(scores, moe, weights.selection_bias)
+        out = torch.zeros_like(x)
+        for expert in chosen.unique().tolist():
+            mlp = weights.experts[expert]
+            rows, places = (chosen == expert).nonzero(as_tuple=True)
+            gated = self.gate(self.linear(x[rows], mlp.gate_up.matrix, mlp.gate_up.bias), activation)
+            found = self.linear(gated, mlp.down.matrix, mlp.down.bias)
+            out.index_add_(0, rows, found * shares[rows, places, None])
+        return out
 
     def select(self, x: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
         """A copy."""
         return x[torch.tensor(rows, dtype=torch.int64)]
 
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """They are one already."""
-        return x
+    def logits(self, x: torch.Tensor) -> Logits:
+        """They share the tensor's memory."""
+        return x.numpy()
 
     def new_cache(
         self, kv_heads: int, head_dim: int, tokens: int, old: LayerCache | None, keep: int
@@ -137,24 +215,25 @@ class TorchCpuBackend:
         return TorchLayerCache(keys, values)
 
 
+def route(scores: torch.Tensor, moe: MoeSpec, selection_bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The router's outputs [rows, experts] -> weights and numbers of the chosen experts, each [rows, top_k]."""
+    shares = scores.sigmoid() if moe.score == "sigmoid" else scores.softmax(-1)
+    candidates = shares if selection_bias is None else shares + selection_bias
+    if moe.n_groups > 1:
+        grouped = candidates.view(len(scores), moe.n_groups, -1)
+        best = grouped.topk(2, dim=-1).values.sum(-1).topk(moe.top_groups, dim=-1).indices
+        allowed = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter_(1, best, True)
+        candidates = grouped.masked_fill(~allowed[..., None], 0.0).view(len(scores), -1)
+    chosen = candidates.topk(moe.top_k, dim=-1).indices
+    weights = shares.gather(1, chosen)
+    if moe.normalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return weights * moe.scale, chosen
+
+
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    """Rotary embedding in place on [rows, heads, head_dim], halves paired (Su et al. 2021, arXiv:2104.09864)."""
-    first, second = x.chunk(2, dim=-1)
+    """Rotary embedding in place on [rows, heads, head_dim], halves of the rotated dimensions paired."""
+    first, second = x[..., : 2 * cos.shape[-1]].chunk(2, dim=-1)
     turned = second * cos + first * sin
     first.mul_(cos).sub_(second * sin)
     second.copy_(turned)
-
-
-def _attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int) -> torch.Tensor:
-    """softmax(q k / sqrt(d)) v of one sequence: queries [rows, heads, d] at positions from `start`, keys
-    [kv_heads, n, d].
-    """
-    rows, heads, head_dim = queries.shape
-    kv_heads = keys.shape[0]
-    folded = queries.transpose(0, 1).reshape(kv_heads, heads // kv_heads * rows, head_dim)
-    scores = torch.bmm(folded, keys.transpose(1, 2)).mul_(head_dim**-0.5)
-    if rows > 1:
-        blocked = torch.ones(rows, rows, dtype=torch.bool).triu_(1)
-        scores.view(kv_heads, -1, rows, keys.shape[1])[..., start:].masked_fill_(blocked, float("-inf"))
-    mixed = torch.bmm(scores.softmax(-1), values)
-    return mixed.view(heads, rows, head_dim).transpose(0, 1).reshape(rows, heads * head_dim)

@@ -12,7 +12,7 @@ unpacking in the stored order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -20,10 +20,8 @@ import numpy as np
 import torch
 
 from swarmd.node.engine.backends.base import tile_rows
+from swarmd.node.engine.backends.torch_planes import PLANES, join_planes, split_planes
 from swarmd.node.engine.quantized import Array, DenseWeight, FloatType, Scales, Weight
-
-PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
-"""Bits of a code -> the widths of its planes, the lowest first."""
 
 
 class Scratch:
@@ -147,7 +145,7 @@ class QuantizedTile:
         codes = self.planes[0]
         if len(self.planes) > 1 or self.form.bits != 8:
             codes = scratch.codes(self.columns, self.outputs)
-            _join_planes(self.planes, self.form.bits, codes)
+            join_planes(self.planes, self.form.bits, codes)
         floats = scratch.floats(self.columns, self.outputs)
         self._fill(codes, self.scale, self.bias, floats)
         return floats
@@ -155,7 +153,7 @@ class QuantizedTile:
     def rows_at(self, outputs: torch.Tensor) -> torch.Tensor:
         """fp32 [len(outputs), columns]."""
         codes = torch.empty(self.columns, len(outputs), dtype=torch.uint8)
-        _join_planes([plane[:, outputs] for plane in self.planes], self.form.bits, codes)
+        join_planes([plane[:, outputs] for plane in self.planes], self.form.bits, codes)
         floats = torch.empty(codes.shape)
         self._fill(codes, self.scale.take(outputs), None if self.bias is None else self.bias.take(outputs), floats)
         return floats.t()
@@ -245,7 +243,7 @@ def _tile(weight: Weight) -> Tile:
     assert isinstance(form, TileForm)
     codes = torch.from_numpy(weight.codes()).t().contiguous()
     bias = None if weight.bias is None else _grouped(weight.bias)
-    return QuantizedTile(form, tuple(_planes(codes, weight.bits)), _grouped(weight.scale), bias)
+    return QuantizedTile(form, tuple(split_planes(codes, weight.bits)), _grouped(weight.scale), bias)
 
 
 def _grouped(scales: Scales) -> TileScales:
@@ -275,28 +273,3 @@ def _joined(tiles: Sequence[Tile]) -> Tile:
 def _joined_scales(parts: Sequence[TileScales]) -> TileScales:
     supers = [part.supers for part in parts if part.supers is not None]
     return TileScales(torch.cat([part.values for part in parts], dim=-1), torch.cat(supers, dim=-1) if supers else None)
-
-
-def _planes(codes: torch.Tensor, bits: int) -> Iterator[torch.Tensor]:
-    """uint8 codes [columns, outputs] -> the planes of a tile."""
-    shift = 0
-    for width in PLANES[bits]:
-        plane = torch.zeros_like(codes[: codes.shape[0] * width // 8])
-        for field, part in enumerate(codes.chunk(8 // width)):
-            plane |= ((part >> shift) & ((1 << width) - 1)) << (field * width)
-        yield plane
-        shift += width
-
-
-def _join_planes(planes: Sequence[torch.Tensor], bits: int, codes: torch.Tensor) -> None:
-    """The inverse of `_planes`, written to `codes`."""
-    shift = 0
-    for width, plane in zip(PLANES[bits], planes, strict=True):
-        mask = (1 << width) - 1
-        for field, part in enumerate(codes.chunk(8 // width)):
-            if shift == 0:
-                torch.bitwise_right_shift(plane, field * width, out=part)
-                part &= mask
-            else:
-                part |= ((plane >> (field * width)) & mask) << shift
-        shift += width

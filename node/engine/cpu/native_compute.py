@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from array import array
 from collections.abc import Sequence
 from itertools import accumulate
@@ -11,14 +10,15 @@ from typing import Any, cast
 
 import numpy as np
 
-from swarmd.node.engine.cpu.bindings import BLOCK, TILE, Batch, Layer, Stage, Summary, load
+from swarmd.node.engine.cpu.bindings import BLOCK, GROUP, TILE, Batch, Layer, Stage, Summary, load
 from swarmd.node.engine.cpu.block_table import BlockTable
 from swarmd.node.engine.cpu.matrices import NativeMatrix, aligned
 from swarmd.node.engine.quantized import Array, Weight
-from swarmd.node.engine.spec import ArchSpec
+from swarmd.node.engine.spec import ArchSpec, LayerSpec
 from swarmd.node.engine.stage_compute import RowSummary, Span, StageOutput, WireDtype
-from swarmd.node.engine.weights import LayerWeights, ReportProgress, StageWeights, load_stage_weights
-from swarmd.node.models.gguf import GGUFFile
+from swarmd.node.engine.tensors import tensor_shapes
+from swarmd.node.engine.weights import LayerWeights, MlpWeights, ReportProgress, StageWeights, load_stage_weights
+from swarmd.node.models.checkpoint import Checkpoint
 
 WIRES: dict[str, tuple[int, type[np.generic]]] = {"f32": (0, np.float32), "bf16": (1, np.uint16)}
 """Wire type -> (SwarmdWire, numpy type of its items)."""
@@ -29,6 +29,10 @@ CONTEXT_STEP = 512
 
 class NativeWeights:
     """Packs weights for the kernels; see `WeightKeeper`."""
+
+    def prepare_experts(self, experts: Sequence[MlpWeights]) -> tuple[MlpWeights, ...]:
+        """As they are."""
+        return tuple(experts)
 
     def prepare(self, parts: Sequence[Weight]) -> NativeMatrix:
         """Packed parts, stacked."""
@@ -68,21 +72,19 @@ class NativeCompute:
     @classmethod
     def load(
         cls,
-        path: str | os.PathLike[str],
-        spec: ArchSpec,
+        checkpoint: Checkpoint,
         start: int,
         end: int,
         *,
         threads: int,
         kv_tokens: int,
-        sparse: bool = False,
+        context: int | None = None,
         progress: ReportProgress | None = None,
     ) -> NativeCompute:
         """See `StageEngine.load`; it has a pool of `threads` threads, the caller's among them. Raises NativeMissing."""
         load()
-        with GGUFFile.open(path, sparse=sparse) as gguf:
-            weights = load_stage_weights(gguf, spec, start, end, NativeWeights(), progress)
-        return cls(spec, start, end, weights, threads=threads, kv_tokens=kv_tokens)
+        weights = load_stage_weights(checkpoint, start, end, NativeWeights(), context=context, progress=progress)
+        return cls(checkpoint.spec, start, end, weights, threads=threads, kv_tokens=kv_tokens)
 
     def open(self, seq: int) -> None:
         """See `StageCompute`."""
@@ -180,13 +182,14 @@ class NativeCompute:
         return [np.zeros(shape, np.float16) for _ in range(n_layers)]
 
     def _layer(self, layer: LayerWeights, keys: Array, values: Array) -> Layer:
+        assert isinstance(layer.mlp, MlpWeights)
         return Layer(
-            layer.attention_norm.ctypes.data,
-            layer.qkv.struct,
-            layer.attention_output.struct,
-            layer.mlp_norm.ctypes.data,
-            layer.gate_up.struct,
-            layer.down.struct,
+            _data(layer.attention.norm),
+            layer.attention.qkv.matrix.struct,
+            layer.attention.output.matrix.struct,
+            _data(layer.mlp_norm),
+            layer.mlp.gate_up.matrix.struct,
+            layer.mlp.down.matrix.struct,
             keys.ctypes.data,
             values.ctypes.data,
         )
@@ -202,12 +205,43 @@ class NativeCompute:
             spec.ffn_size,
             self._table.n_blocks,
             spec.rms_eps,
-            weights.frequencies.ctypes.data,
+            weights.rotations[0].frequencies.ctypes.data,
             self._layers,
             None if weights.embedding is None else ctypes.pointer(weights.embedding.struct),
-            None if weights.output_norm is None else weights.output_norm.ctypes.data,
+            _data(weights.output_norm),
             None if weights.head is None else ctypes.pointer(weights.head.struct),
         )
+
+
+def why_not(checkpoint: Checkpoint, start: int, end: int) -> str:
+    """Why the kernels cannot compute layers [start, end) of a model, or "". Raises ModelFileError."""
+    spec = checkpoint.spec
+    plain = ArchSpec(
+        architecture=spec.architecture,
+        hidden_size=spec.hidden_size,
+        n_heads=spec.n_heads,
+        n_kv_heads=spec.n_kv_heads,
+        head_dim=spec.head_dim,
+        ffn_size=spec.ffn_size,
+        vocab_size=spec.vocab_size,
+        context_length=spec.context_length,
+        rms_eps=spec.rms_eps,
+        layers=(LayerSpec(),) * spec.n_layers,
+        ropes=spec.ropes,
+        tied_embeddings=spec.tied_embeddings,
+    )
+    if spec != plain or any(rope.dim != spec.head_dim for rope in spec.ropes):
+        return f"{spec.architecture} models need more than they do"
+    for name, shape in tensor_shapes(spec, start, end).items():
+        form = checkpoint.form(name)
+        scales = form.group_size == GROUP and {form.scale, form.bias} <= {"", "f16"}
+        if len(shape) == 2 and form.float_type is None and not scales:
+            return f"tensor {name!r} has groups of {form.group_size} with scales of {form.scale}"
+    return ""
+
+
+def _data(vector: Array | None) -> int | None:
+    return None if vector is None else vector.ctypes.data
 
 
 def _address(values: array[int]) -> int:

@@ -1,25 +1,20 @@
-"""A stage computed by plain torch: where our own kernels were not built, and as their oracle."""
+"""A stage computed by the decoder over a backend's operations: plain torch, CUDA, MLX."""
 
 from __future__ import annotations
 
-import gc
-import os
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from swarmd.node.engine.backends.base import Backend, RowSpan
-from swarmd.node.engine.backends.torch_cpu import TorchCpuBackend
+from swarmd.node.engine.backends.base import Array, Backend, RowSpan
 from swarmd.node.engine.decoder import Decoder
 from swarmd.node.engine.kv_cache import KvCache
 from swarmd.node.engine.spec import ArchSpec
 from swarmd.node.engine.stage_compute import Span, StageOutput, WireDtype, summarize
 from swarmd.node.engine.weights import ReportProgress, StageWeights, load_stage_weights
-from swarmd.node.models.gguf import GGUFFile
+from swarmd.node.models.checkpoint import Checkpoint
 
 
-class TorchCompute:
+class DecoderCompute:
     """See `StageCompute`. A fork copies what it shares."""
 
     def __init__(
@@ -30,30 +25,24 @@ class TorchCompute:
         self._first, self._last = start == 0, end == spec.n_layers
         self._hidden_size = spec.hidden_size
         self._backend = backend
-        self._decoder = Decoder(spec, weights, backend)
+        self._decoder = Decoder(spec, start, weights, backend)
         self._cache = KvCache(backend, end - start, spec.n_kv_heads, spec.head_dim, kv_tokens)
 
     @classmethod
     def load(
         cls,
-        path: str | os.PathLike[str],
-        spec: ArchSpec,
+        checkpoint: Checkpoint,
         start: int,
         end: int,
+        backend: Backend,
         *,
-        threads: int,
         kv_tokens: int,
-        sparse: bool = False,
+        context: int | None = None,
         progress: ReportProgress | None = None,
-    ) -> TorchCompute:
-        """See `StageEngine.load`; `threads` sets torch's thread count for the whole process."""
-        torch.set_num_threads(threads)
-        torch.set_grad_enabled(False)
-        backend = TorchCpuBackend()
-        with GGUFFile.open(path, sparse=sparse) as gguf:
-            weights = load_stage_weights(gguf, spec, start, end, backend, progress)
-        gc.collect()
-        return cls(spec, start, end, weights, backend, kv_tokens)
+    ) -> DecoderCompute:
+        """See `StageEngine.load`. Raises ModelFileError."""
+        weights = load_stage_weights(checkpoint, start, end, backend, context=context, progress=progress)
+        return cls(checkpoint.spec, start, end, weights, backend, kv_tokens)
 
     def open(self, seq: int) -> None:
         """See `StageCompute`."""
@@ -91,10 +80,10 @@ class TorchCompute:
             return StageOutput(self._backend.send(x, dtype))
         if not wanted:
             return StageOutput(None)
-        logits = self._decoder.head(self._backend.select(x, wanted)).numpy()
+        logits = self._decoder.head(self._backend.select(x, wanted))
         return StageOutput(None, logits, [summarize(row) for row in logits])
 
-    def _input(self, spans: Sequence[Span], hidden: Any, dtype: WireDtype) -> torch.Tensor:
+    def _input(self, spans: Sequence[Span], hidden: Any, dtype: WireDtype) -> Array:
         if self._first:
             return self._decoder.embed([token for span in spans for token in span.tokens])
         return self._backend.receive(hidden, dtype, sum(len(span.tokens) for span in spans), self._hidden_size)

@@ -1,0 +1,74 @@
+"""Which implementation computes a stage, by device: the one place that knows them all. Each is imported when needed."""
+
+from __future__ import annotations
+
+import logging
+
+from swarmd.node.engine.stage_compute import Kernels, StageCompute
+from swarmd.node.engine.weights import ReportProgress
+from swarmd.node.models.checkpoint import Checkpoint
+
+log = logging.getLogger("swarmd.engine")
+
+
+def load_compute(
+    checkpoint: Checkpoint,
+    start: int,
+    end: int,
+    *,
+    device: str,
+    kernels: Kernels,
+    threads: int,
+    kv_tokens: int,
+    context: int | None = None,
+    progress: ReportProgress | None = None,
+) -> StageCompute:
+    """See `StageEngine.load`."""
+    if device != "cpu":
+        raise ValueError(f"there is no backend for device {device!r} yet; use cpu")
+    if kernels == "torch" or not _native_usable(checkpoint, start, end, required=kernels == "native"):
+        return _load_torch(checkpoint, start, end, threads, kv_tokens, context, progress)
+    from swarmd.node.engine.cpu.native_compute import NativeCompute
+
+    return NativeCompute.load(
+        checkpoint, start, end, threads=threads, kv_tokens=kv_tokens, context=context, progress=progress
+    )
+
+
+def _native_usable(checkpoint: Checkpoint, start: int, end: int, *, required: bool) -> bool:
+    """Whether our own kernels are there and can compute the model. Raises NativeMissing if they are `required`."""
+    from swarmd.node.engine.cpu.bindings import NativeMissing, load
+    from swarmd.node.engine.cpu.native_compute import why_not
+
+    try:
+        load()
+        if reason := why_not(checkpoint, start, end):
+            raise NativeMissing(f"the native kernels cannot compute {checkpoint.name}: {reason}")
+    except NativeMissing as error:
+        if required:
+            raise
+        log.warning("%s; computing with plain torch, which is slower", error)
+        return False
+    return True
+
+
+def _load_torch(
+    checkpoint: Checkpoint,
+    start: int,
+    end: int,
+    threads: int,
+    kv_tokens: int,
+    context: int | None,
+    progress: ReportProgress | None,
+) -> StageCompute:
+    """Plain torch on the CPU; `threads` sets torch's thread count for the whole process."""
+    import torch
+
+    from swarmd.node.engine.backends.torch_cpu import TorchCpuBackend
+    from swarmd.node.engine.decoder_compute import DecoderCompute
+
+    torch.set_num_threads(threads)
+    torch.set_grad_enabled(False)
+    return DecoderCompute.load(
+        checkpoint, start, end, TorchCpuBackend(), kv_tokens=kv_tokens, context=context, progress=progress
+    )
