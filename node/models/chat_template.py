@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from swarmd.node.models.errors import ModelFileError
+from swarmd.node.models.folder_template import folder_templates
 from swarmd.node.models.template_limits import TemplateError
 from swarmd.node.models.template_sandbox import TemplateSandbox
 from swarmd.node.models.tokenizer import GUARD, Tokenizer
@@ -64,13 +66,23 @@ class ChatTemplate:
         """The template of the keys `tokenizer.chat_template` and `tokenizer.chat_template.tool_use`; ChatML
         when the file has none. Raises ModelFileError when it is not a valid Jinja template."""
         source = metadata.get("tokenizer.chat_template")
-        if not source:
-            log.warning("the model file has no chat template, using chatml")
-            source = CHATML
         tool_source = metadata.get("tokenizer.chat_template.tool_use")
         for text in (source, tool_source):
             if text is not None and not isinstance(text, str):
                 raise ModelFileError("tokenizer.chat_template should be a text; the file is damaged or of a new kind")
+        return cls._of_model(source, tool_source, tokenizer)
+
+    @classmethod
+    def from_folder(cls, folder: Path, tokenizer: Tokenizer) -> ChatTemplate:
+        """The templates of a Hugging Face folder (see `folder_template`); ChatML when it has none. Raises
+        ModelFileError when there is one of another form, or none is a valid Jinja template. Blocking."""
+        return cls._of_model(*folder_templates(folder), tokenizer)
+
+    @classmethod
+    def _of_model(cls, source: str | None, tool_source: str | None, tokenizer: Tokenizer) -> ChatTemplate:
+        if not source:
+            log.warning("the model has no chat template, using chatml")
+            source = CHATML
         return cls(
             source,
             control_texts=tokenizer.control_texts,

@@ -1,4 +1,4 @@
-"""What an entry node needs of a model: its tokenizer, chat template and limits, all from the file's header."""
+"""What an entry node needs of a model: its tokenizer, chat template and limits, from a file's header or a folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ class ModelFront:
 
     @classmethod
     def load(cls, path: Path) -> ModelFront:
-        """Read a GGUF file's header; its tensors need not be there. Blocking; raises ModelFileError."""
+        """Read a GGUF file's header (its tensors need not be there; of a split model the first file), or the small
+        files of a folder in Hugging Face's form. Blocking; raises ModelFileError."""
+        if path.is_dir():
+            tokenizer = Tokenizer.from_folder(path)
+            return cls(tokenizer, ChatTemplate.from_folder(path, tokenizer))
         with GGUFFile.open(path, sparse=True) as file:
             tokenizer = Tokenizer.from_gguf(file.metadata)
             return cls(tokenizer, ChatTemplate.from_gguf(file.metadata, tokenizer))
