@@ -66,7 +66,7 @@ class ModelExchange:
 
     async def header(self, manifest: ModelManifest, progress: ProgressCallback) -> Path:
         """What to open as the model; all but its tensors' data is here (that may be holes)."""
-        return await self._fetch(manifest, [manifest.head_range], progress)
+        return await self._fetch(manifest, manifest.head_ranges, progress)
 
     async def stage_file(
         self, manifest: ModelManifest, start: int, end: int, progress: ProgressCallback
@@ -79,7 +79,7 @@ class ModelExchange:
         if self._store.lookup(manifest.sha256) is not None:
             return path, False
         ranges = manifest.ranges_of(await asyncio.to_thread(_stage_ranges, path, start, end))
-        path = await self._fetch(manifest, [manifest.head_range, *ranges], progress)
+        path = await self._fetch(manifest, [*manifest.head_ranges, *ranges], progress)
         return path, self._store.lookup(manifest.sha256) is None
 
     async def _own_manifest(self, sha256: str) -> ModelManifest:

@@ -8,6 +8,8 @@ from swarmd.node.models.layout import ModelFile, ModelLayout
 
 MAX_SAFETENSORS_HEADER = 100_000_000
 """The limit of the reference implementation, https://github.com/huggingface/safetensors."""
+MAX_FACTORS_BYTES = 1 << 20
+MAX_FACTOR_TENSORS = 16
 _GIT_LFS = b"version https://git-lfs"
 
 
@@ -17,6 +19,19 @@ def head_sizes(layout: ModelLayout) -> tuple[int, ...]:
     Raises ModelFileError for a file that is not what its name says, or of another split model. Blocking.
     """
     return tuple(_head_size(file, number, len(layout.files)) for number, file in enumerate(layout.files))
+
+
+def described_by(layout: ModelLayout) -> list[tuple[str, int, int]]:
+    """Tensors that say what the model is rather than what it knows, as (file name, offset, bytes): the factors of
+    rotary embeddings in GGUF files. They may lie anywhere, and whoever opens the model needs them. Blocking.
+    """
+    found: list[tuple[str, int, int]] = []
+    for file in layout.files:
+        if file.name.endswith(".gguf"):
+            with GGUFFile.open(file.path) as gguf:
+                factors = [info for info in gguf.tensors.values() if info.name.startswith("rope_")]
+            found += [(file.name, info.offset, info.nbytes) for info in factors if info.nbytes <= MAX_FACTORS_BYTES]
+    return found[:MAX_FACTOR_TENSORS]
 
 
 def _head_size(file: ModelFile, number: int, count: int) -> int:

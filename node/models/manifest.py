@@ -7,7 +7,6 @@ import re
 import threading
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Annotated
 
 import msgspec
@@ -16,7 +15,8 @@ from swarmd.node.models.address_space import AddressSpace, Span
 from swarmd.node.models.catalog import is_model_name
 from swarmd.node.models.disk import StoppedError, read_spans
 from swarmd.node.models.errors import ModelFileError
-from swarmd.node.models.layout import MAX_FILES, MAX_METADATA_BYTES, is_layout
+from swarmd.node.models.heads import MAX_FACTOR_TENSORS, MAX_FACTORS_BYTES
+from swarmd.node.models.layout import MAX_FILES, MAX_METADATA_BYTES, ModelLayout, is_layout
 
 CHUNK_SIZE = 1 << 20
 """Bytes per chunk, unless that would make more than MAX_CHUNKS; the last one of a model may be shorter."""
@@ -41,7 +41,8 @@ class ModelPart(msgspec.Struct, frozen=True, array_like=True):
 
 class ModelManifest(msgspec.Struct, frozen=True, dict=True):
     """A model's files, in order, and `chunks`: the concatenated SHA-256, cut to 16 bytes each, of every `chunk_size`
-    bytes of their `AddressSpace`. `sha256` (hex) is the model's identity, see `identity.py`.
+    bytes of their `AddressSpace`. `sha256` (hex) is the model's identity, see `identity.py`. `also`: ranges (offset,
+    length) of that space, beside the heads, without which the model can't be opened.
 
     A manifest from a peer is as true as the peer: chunks are checked against it, and the whole against
     `sha256` once all chunks are there. Call `check` on one before anything else.
@@ -52,6 +53,7 @@ class ModelManifest(msgspec.Struct, frozen=True, dict=True):
     files: Annotated[tuple[ModelPart, ...], msgspec.Meta(min_length=1, max_length=MAX_FILES)]
     chunk_size: int
     chunks: bytes
+    also: Annotated[tuple[tuple[int, int], ...], msgspec.Meta(max_length=2 * MAX_FACTOR_TENSORS)] = ()
 
     def check(self) -> ModelManifest:
         """Returns itself; raises ModelFileError when the parts contradict each other or are out of bounds."""
@@ -63,6 +65,8 @@ class ModelManifest(msgspec.Struct, frozen=True, dict=True):
             raise ModelFileError(f"the manifest of {self.name} has an impossible size; ask another node")
         if self.chunk_size != chunk_size_for(self.size) or len(self.chunks) != self.n_chunks * HASH_SIZE:
             raise ModelFileError(f"the manifest of {self.name} contradicts itself; ask another node")
+        if any(at < 0 or not 0 <= length <= min(MAX_FACTORS_BYTES, self.size - at) for at, length in self.also):
+            raise ModelFileError(f"the manifest of {self.name} has an impossible range; ask another node")
         return self
 
     @cached_property
@@ -81,9 +85,10 @@ class ModelManifest(msgspec.Struct, frozen=True, dict=True):
         return [(part.name, part.size) for part in self.files]
 
     @property
-    def head_range(self) -> tuple[int, int]:
-        """The heads of all files, as an (offset, length) of the model's bytes."""
-        return 0, self.space.head_bytes
+    def head_ranges(self) -> list[tuple[int, int]]:
+        """What must be here to open the model, as (offset, length) of the model's bytes: the heads of all files, and
+        `also`."""
+        return [(0, self.space.head_bytes), *self.also]
 
     @property
     def n_chunks(self) -> int:
@@ -142,9 +147,11 @@ def chunk_hash(data: bytes | bytearray | memoryview) -> bytes:
 
 
 def build_manifest(
-    stop: threading.Event, paths: Sequence[Path], parts: Sequence[ModelPart], *, name: str, sha256: str
+    stop: threading.Event, layout: ModelLayout, heads: Sequence[int], *, name: str, sha256: str
 ) -> ModelManifest:
-    """Hash every chunk of a complete model, whose parts lie at `paths`; for `disk.in_thread`."""
+    """Hash every chunk of a complete model whose files have heads of so many bytes; for `disk.in_thread`."""
+    paths = [file.path for file in layout.files]
+    parts = tuple(ModelPart(file.name, file.size, head) for file, head in zip(layout.files, heads, strict=True))
     space = AddressSpace((part.size, part.head) for part in parts)
     chunk_size = chunk_size_for(space.size)
     hashes = bytearray()
@@ -153,7 +160,7 @@ def build_manifest(
             raise StoppedError
         spans = space.spans(offset, min(chunk_size, space.size - offset))
         hashes += chunk_hash(read_spans(paths, spans))
-    return ModelManifest(sha256, name, tuple(parts), chunk_size, bytes(hashes)).check()
+    return ModelManifest(sha256, name, parts, chunk_size, bytes(hashes))
 
 
 def _is_possible(part: ModelPart) -> bool:

@@ -15,10 +15,10 @@ from swarmd.node.models.adoption import adopt_files, clear_adopted
 from swarmd.node.models.catalog import CATALOG, CatalogEntry, ModelNameError, is_path, resolve, unknown_model
 from swarmd.node.models.disk import file_lock, in_thread, on_loop, read_spans, sync_directory, write_atomic
 from swarmd.node.models.errors import ModelFileError
-from swarmd.node.models.heads import head_sizes
+from swarmd.node.models.heads import described_by, head_sizes
 from swarmd.node.models.identity import hash_model
 from swarmd.node.models.layout import ModelLayout, layout_of, model_name
-from swarmd.node.models.manifest import MAX_CHUNK_SIZE, ModelManifest, ModelPart, build_manifest
+from swarmd.node.models.manifest import MAX_CHUNK_SIZE, ModelManifest, build_manifest
 from swarmd.node.models.partial import FetchChunk, PartialModel
 from swarmd.node.models.progress import Progress, ProgressCallback
 from swarmd.node.models.registry import Registry, StoredModel, stamps_of
@@ -230,11 +230,11 @@ class ModelStore:
         except (FileNotFoundError, msgspec.DecodeError, ModelFileError):
             pass  # absent, or an earlier version's: it is built anew
         layout = layout_of(stored.path)
-        sized = zip(layout.files, head_sizes(layout), strict=True)
-        parts = [ModelPart(file.name, file.size, head) for file, head in sized]
         if tuple(file.path for file in layout.files) != stored.files or layout.size != stored.size:
             raise ModelFileError(f"{stored.path} changed after it was checked; load the model again")
-        manifest = build_manifest(stop, stored.files, parts, name=stored.name, sha256=stored.sha256)
+        manifest = build_manifest(stop, layout, head_sizes(layout), name=stored.name, sha256=stored.sha256)
+        also = tuple(manifest.ranges_of(described_by(layout)))
+        manifest = msgspec.structs.replace(manifest, also=also).check()
         write_atomic(cache, msgspec.msgpack.encode(manifest))
         return manifest
 

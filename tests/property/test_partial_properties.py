@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from swarmd.node.models import manifest as manifest_module
 from swarmd.node.models.identity import hash_model
 from swarmd.node.models.layout import placed
-from swarmd.node.models.manifest import ModelManifest, ModelPart, build_manifest
+from swarmd.node.models.manifest import ModelManifest, build_manifest
 from swarmd.node.models.partial import PartialModel
 
 CHUNK = 16
@@ -49,9 +49,8 @@ def test_any_files_and_ranges_make_the_round_trip(model: list[tuple[str, bytes, 
             file.path.parent.mkdir(exist_ok=True)
             file.path.write_bytes(content)
         stop = threading.Event()
-        parts = [ModelPart(name, len(content), head) for name, content, head in model]
-        paths = [file.path for file in layout.files]
-        made = build_manifest(stop, paths, parts, name="m", sha256=hash_model(stop, layout, lambda done: None))
+        heads = [head for _, _, head in model]
+        made = build_manifest(stop, layout, heads, name="m", sha256=hash_model(stop, layout, lambda done: None))
         came = msgspec.msgpack.decode(msgspec.msgpack.encode(made), type=ModelManifest).check()
         whole = b"".join(content[:head] for _, content, head in model)
         whole += b"".join(content[head:] for _, content, head in model)

@@ -10,12 +10,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
 import msgspec
+import numpy as np
 import pytest
 from support.model_folders import MIB, write_folder, write_split_gguf
 from support.model_peers import StorePeer, ignore
 
 from swarmd.node.models.errors import ModelFileError
+from swarmd.node.models.gguf import GGUFFile
 from swarmd.node.models.layout import layout_of
 from swarmd.node.models.manifest import (
     CHUNK_SIZE,
@@ -179,7 +182,7 @@ async def test_the_heads_come_first_so_that_few_chunks_hold_them_all(
     other: ModelStore, manifest: ModelManifest, stored: StoredModel, store: ModelStore
 ) -> None:
     peer = StorePeer(store, manifest)
-    path = await other.fetch_ranges(manifest, [manifest.head_range], peer.chunk, source="b", progress=ignore)
+    path = await other.fetch_ranges(manifest, manifest.head_ranges, peer.chunk, source="b", progress=ignore)
     assert peer.asked == [0], "of a model of several megabytes in several files"
     heads = {part.name: part.head for part in manifest.files}
     whole = dict(contents(stored.path))
@@ -188,6 +191,29 @@ async def test_the_heads_come_first_so_that_few_chunks_hold_them_all(
         assert file.path.read_bytes()[: heads[file.name]] == whole[file.name][: heads[file.name]]
     taken = sum(file.path.stat().st_blocks * 512 for file in layout_of(path).files)
     assert taken < manifest.size // 2, "the rest takes no room"
+
+
+async def test_factors_of_rotary_embeddings_come_with_the_heads_wherever_they_lie(
+    store: ModelStore, other: ModelStore, tmp_path: Path
+) -> None:
+    """llama.cpp's quantizer puts them behind a large output matrix."""
+    path = tmp_path / "long.gguf"
+    writer = gguf.GGUFWriter(path, "phi3")
+    writer.add_tensor("output.weight", np.ones((3, 1 << 18), np.float32))
+    writer.add_tensor("rope_factors_long.weight", np.arange(48, dtype=np.float32))
+    writer.add_tensor("token_embd.weight", np.ones((3, 1 << 18), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    manifest = await store.manifest(await store.ensure(str(path), ignore))
+    peer = StorePeer(store, manifest)
+    head = await other.fetch_ranges(manifest, manifest.head_ranges, peer.chunk, source="b", progress=ignore)
+    assert peer.asked == [0, 3]
+    with GGUFFile.open(head, sparse=True) as file:
+        assert file.read("rope_factors_long.weight").view(np.float32).tolist() == list(range(48))
+        with pytest.raises(ModelFileError, match="never fetched"):
+            file.read("output.weight")
 
 
 async def test_ranges_of_files_are_fetched_and_no_more(
@@ -212,7 +238,7 @@ async def test_a_model_fetched_whole_becomes_an_ordinary_one(
     store: ModelStore, other: ModelStore, manifest: ModelManifest, stored: StoredModel, tmp_path: Path
 ) -> None:
     peer = StorePeer(store, manifest)
-    first = await other.fetch_ranges(manifest, [manifest.head_range], peer.chunk, source="b", progress=ignore)
+    first = await other.fetch_ranges(manifest, manifest.head_ranges, peer.chunk, source="b", progress=ignore)
     seen: list[Progress] = []
     path = await other.fetch_ranges(manifest, [(0, manifest.size)], peer.chunk, source="b", progress=seen.append)
     assert sorted(peer.asked) == list(range(manifest.n_chunks)), "each chunk once"

@@ -143,8 +143,9 @@ async def test_the_manifest_describes_every_chunk(manifest: ModelManifest, model
     assert manifest.size == len(data)
     assert manifest.n_chunks == 21
     assert manifest.chunks == b"".join(chunk_hash(data[i : i + CHUNK_SIZE]) for i in range(0, len(data), CHUNK_SIZE))
-    assert manifest.head_range[0] == 0
-    assert 0 < manifest.head_range[1] < 4096
+    [(start, length)] = manifest.head_ranges
+    assert start == 0
+    assert 0 < length < 4096
     assert sum(map(manifest.chunk_length, range(21))) == len(data)
 
 
@@ -178,6 +179,10 @@ async def test_the_manifest_is_kept_on_disk(
         {"files": (ModelPart("../model.gguf", 20 << 20, 9),)},
         {"files": ()},
         {"chunk_size": 1},
+        {"also": ((20 << 20, 1 << 20),)},
+        {"also": ((-1, 1),)},
+        {"also": ((0, -1),)},
+        {"also": ((0, 2 << 20),)},
         {"chunks": b"short"},
     ],
 )
