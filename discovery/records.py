@@ -30,9 +30,12 @@ class InstanceState(StrEnum):
 class DeviceRecord(Struct, frozen=True):
     """One device as measured: memory in bytes, `memory_bandwidth` in bytes/s, `compute` in FLOP/s (fp32 products).
 
-    `memory_limit` is what swarmd may use of it: the user's cap, or what was free at start less a reserve.
+    `id` names it on its node (`cpu`, `cuda:0`, `metal`, `mlx-cpu`), `kind` says what computes there (`cpu`, `cuda`,
+    `metal`, `mlx`). `memory_limit` is what swarmd may use of it: the user's cap, or what was free at start less a
+    reserve.
     """
 
+    id: ShortText
     kind: ShortText
     name: ShortText
     memory_total: Count

@@ -18,6 +18,7 @@ from pydantic_settings import (
 )
 
 from swarmd.discovery.peers import PeerAddress, parse_peer
+from swarmd.node.devices import AUTO, MemoryCaps, parse_devices, parse_memory
 from swarmd.node.options import (
     DEFAULT_DATA_DIR,
     DEFAULT_LINK_PORT,
@@ -27,7 +28,6 @@ from swarmd.node.options import (
     environment_name,
     flag_name,
 )
-from swarmd.partition.units import parse_bytes
 
 MIN_API_KEY = 8
 CONFIG_FILE = "config.toml"
@@ -48,7 +48,17 @@ def _parse_listen(value: object) -> object:
 
 
 def _parse_memory(value: object) -> object:
-    return parse_bytes(value) if isinstance(value, str) else value
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    return parse_memory(value) if isinstance(value, str) else value
+
+
+def _parse_device(value: object) -> object:
+    """Devices may be given one by one, or several in one text."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        return value
+    return parse_devices(texts)
 
 
 def _split_peers(value: object) -> object:
@@ -86,8 +96,8 @@ class Settings(BaseSettings):
     port: Annotated[int, Field(ge=0, le=65535)] | None = None
     peer: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_peers)] = ()
     mdns: bool = True
-    memory: Annotated[int, Field(gt=0), BeforeValidator(_parse_memory)] | None = None
-    device: Literal["auto", "cpu"] = "auto"
+    memory: Annotated[MemoryCaps, NoDecode, BeforeValidator(_parse_memory)] = MemoryCaps()
+    device: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_parse_device)] = (AUTO,)
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     model: Annotated[str, Field(min_length=1, max_length=4096)] = DEFAULT_MODEL
     context: Annotated[int, Field(ge=16, le=1 << 20)] | None = None

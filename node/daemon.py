@@ -25,6 +25,7 @@ from swarmd.node.cluster.signal import Signal
 from swarmd.node.cluster.stage_orders import StageOrders, deliver_over_link, reachable_first
 from swarmd.node.config import ConfigError, Settings
 from swarmd.node.data_dir import DataDir
+from swarmd.node.devices import DeviceError
 from swarmd.node.hardware import Hardware
 from swarmd.node.models.catalog import ModelNameError
 from swarmd.node.models.draft import bring_draft
@@ -75,6 +76,7 @@ class Daemon:
             self.node_id,
             lambda: self.mesh,
             self.exchange,
+            devices=lambda: self.hardware.ids,
             threads=self.hardware.threads,
             kernels=settings.kernels,
             speculate=settings.speculate,
@@ -122,8 +124,12 @@ class Daemon:
     async def start(self) -> None:
         """Listen for links, announce this node and begin to serve.
 
-        Raises ConfigError when a port or the draft model cannot be had.
+        Raises ConfigError when a device, a port or the draft model cannot be had.
         """
+        try:
+            await self.hardware.find(self.settings.device)
+        except DeviceError as error:
+            raise ConfigError(str(error)) from None
         await self._bring_draft_model()
         self.link_port = await self._listen()
         self.mesh.add_static(self.settings.peers)
@@ -194,7 +200,7 @@ class Daemon:
             version=VERSION,
             counter=0,
             addresses=advertised(usable_addresses(), self.link_port) if self.link_port else (),
-            devices=(self.hardware.device(),),
+            devices=self.hardware.devices,
             models=self._stored,
             instances=self.instances.owned,
             loads=self.host.loads,

@@ -51,11 +51,16 @@ OPTIONS: dict[str, Option] = {
     ),
     "mdns": Option("Announce this node on the local network and look for others there (mDNS). Default: on."),
     "memory": Option(
-        "The most memory that models may take on this node (weights, KV cache, workspace), like 600MB or 4GB. "
-        "Default: 80% of what is free at the start.",
+        "The most memory that models may take on this node (weights, KV cache, workspace), like 600MB or 4GB: main "
+        "memory, or that of each device, like cuda:0=20GB,cpu=8GB. Default: 80% of what is free at the start.",
         "SIZE",
     ),
-    "device": Option("Which device carries layers: auto or cpu. Default: auto.", "DEVICE"),
+    "device": Option(
+        "Which devices carry layers: cpu, cuda:0, cuda:1, metal (a Mac's GPU), mlx-cpu (MLX on the CPU, for tests); "
+        "several with commas or one by one. auto: all GPUs that can be used, and the CPU. Default: auto.",
+        "DEVICE",
+        repeatable=True,
+    ),
     "threads": Option("CPU threads for computing. Default: the physical cores.", "COUNT"),
     "model": Option(
         "Model to serve as soon as nobody else in the swarm does: a name, the path of a GGUF file or a folder, or "

@@ -13,11 +13,12 @@ def explain_single(
 ) -> tuple[str, ...]:
     """Why one device holds everything."""
     used = _find(stages[0], devices)
-    lines = [f"{used.label} holds the whole model: {_fill(stages[0], used)}"]
+    speed = f", read at {format_bytes(used.bandwidth)}/s" if used.bandwidth else ""
+    lines = [f"{used.label} holds the whole model: {_fill(stages[0], used)}{speed}"]
     for other in devices:
         if other is not used:
             lines.append(
-                f"{other.label} is not needed: a model that fits on one node is not split unless asked (--split)"
+                f"{other.label} is not needed: a model that fits on one device is not split unless asked (--split)"
             )
     return (*lines, *_promise_lines(promise, shrunk))
 

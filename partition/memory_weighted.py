@@ -8,7 +8,7 @@ others stand matters only if layers differ in size, and is searched for few devi
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, permutations
+from itertools import accumulate, pairwise, permutations
 
 from swarmd.partition.costs import ModelCosts
 from swarmd.partition.explain import explain_single, explain_split, explain_too_small
@@ -16,6 +16,8 @@ from swarmd.partition.plan import Capacity, DoesNotFit, Plan, PlannedStage, Prom
 
 # 120 orders, some milliseconds, and only when nothing else fits.
 MOST_PERMUTED = 5
+# Two measurements of one machine differ by as much: a device that is that near to the fastest is as fast.
+ABOUT_AS_FAST = 0.75
 
 
 def plan(
@@ -23,9 +25,11 @@ def plan(
 ) -> Plan:
     """The plan for the first of `promises` (best first) that the devices can hold.
 
-    One device that holds the whole model is preferred, the one with the most memory, unless `split` asks for as many
-    stages as make sense. Otherwise layers go in proportion to `memory`; a device whose share is under one layer is left
-    out when the others can do without it. Raises DoesNotFit, with the bytes missing for the last promise.
+    One device that holds the whole model is preferred, unless `split` asks for as many stages as make sense: an
+    accelerator before a processor, then the one that reads its memory fastest, then the one with the most memory.
+    Otherwise layers go in proportion to `memory`, the devices of one node next to each other wherever that fits; a
+    device whose share is under one layer is left out when the others can do without it. Raises DoesNotFit, with the
+    bytes missing for the last promise.
     """
     devices = sorted((c for c in capacities if c.memory > 0), key=lambda c: (-c.memory, c.node, c.device))
     for promise in promises:
@@ -75,8 +79,8 @@ class _Need:
 
 
 def _plan_for(need: _Need, devices: list[Capacity], split: bool) -> tuple[tuple[PlannedStage, ...], bool] | None:
-    fits_whole = bool(devices) and need.whole() <= devices[0].memory
-    whole = (_stage(need, devices[0], 0, need.n_layers),) if fits_whole else ()
+    able = [device for device in devices if need.whole() <= device.memory]
+    whole = (_stage(need, fastest(able), 0, need.n_layers),) if able else ()
     if whole and not split:
         return whole, True
     for group in _groups(need, devices):
@@ -86,6 +90,15 @@ def _plan_for(need: _Need, devices: list[Capacity], split: bool) -> tuple[tuple[
                 pairs = zip(order, cuts, cuts[1:], strict=False)
                 return tuple(_stage(need, device, start, end) for device, start, end in pairs), False
     return (whole, True) if whole else None
+
+
+def fastest(able: Sequence[Capacity]) -> Capacity:
+    """Of devices that hold the whole model (most memory first) the one to use. A speed that is not known is no reason
+    against a device.
+    """
+    rivals = [device for device in able if device.accelerator] or able
+    enough = ABOUT_AS_FAST * max(device.bandwidth for device in rivals)
+    return next(device for device in rivals if not device.bandwidth or device.bandwidth >= enough)
 
 
 def _stage(need: _Need, device: Capacity, start: int, end: int) -> PlannedStage:
@@ -103,15 +116,40 @@ def _groups(need: _Need, devices: list[Capacity]) -> Iterator[list[Capacity]]:
 
 
 def _orders(group: list[Capacity]) -> Iterator[list[Capacity]]:
-    """Most memory first; when that fails, other devices take the first and the last place, and then any place."""
+    """Most memory first; when that fails, other devices take the first and the last place, and then any place.
+
+    Those orders come first in which the devices of each node stand together: between them nothing crosses the network.
+    """
+    for together in (True, False):
+        for order in _orders_by_ends(group):
+            if _nodes_stand_together(order) == together:
+                yield order
+        if len(group) <= MOST_PERMUTED:
+            for order in permutations(group):
+                if _nodes_stand_together(order) == together:
+                    yield list(order)
+
+
+def _orders_by_ends(group: list[Capacity]) -> Iterator[list[Capacity]]:
+    """Every choice of the first and the last device; between them most memory first, each node's devices together."""
     size = len(group)
     for last in reversed(range(size)):
         for first in range(size):
             if first != last:
                 middle = [device for index, device in enumerate(group) if index not in (first, last)]
-                yield [group[first], *middle, group[last]]
-    if size <= MOST_PERMUTED:
-        yield from map(list, permutations(group))
+                yield _with_mates(group[first], middle, group[last])
+
+
+def _with_mates(first: Capacity, middle: Sequence[Capacity], last: Capacity) -> list[Capacity]:
+    """The devices of one node next to each other, as far as the ends allow that."""
+    nodes = [first.node, *(device.node for device in middle if device.node != last.node), last.node]
+    place = {node: index for index, node in enumerate(dict.fromkeys(nodes))}
+    return [first, *sorted(middle, key=lambda device: place[device.node]), last]
+
+
+def _nodes_stand_together(order: Sequence[Capacity]) -> bool:
+    runs = 1 + sum(1 for one, following in pairwise(order) if one.node != following.node)
+    return runs == len({device.node for device in order})
 
 
 def _cuts(need: _Need, order: list[Capacity]) -> list[int] | None:

@@ -6,12 +6,18 @@ from msgspec import Struct
 
 
 class Capacity(Struct, frozen=True):
-    """One device the planner may use. `memory` is what swarmd may use of it, in bytes; `label` is for people."""
+    """One device the planner may use. `memory` is what swarmd may use of it, in bytes; `label` is for people.
+
+    `bandwidth` is how fast it reads its memory, in bytes/s as measured, 0 while that is not known. An `accelerator` is
+    anything but the processor.
+    """
 
     node: str
     device: str
     memory: int
     label: str
+    bandwidth: float = 0.0
+    accelerator: bool = False
 
 
 class Promise(Struct, frozen=True):

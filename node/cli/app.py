@@ -126,7 +126,7 @@ def models(call: typer.Context) -> None:
 
 
 @app.command()
-@with_options("data_dir", "listen", "port", "peer", "mdns", "memory", "threads")
+@with_options("data_dir", "listen", "port", "peer", "mdns", "memory", "device", "threads")
 def doctor(
     call: typer.Context, json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False
 ) -> None:

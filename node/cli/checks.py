@@ -20,6 +20,7 @@ from cryptography import x509
 from swarmd.discovery.survey import multicast_troubles, nodes_in_sight
 from swarmd.node.config import Settings
 from swarmd.node.data_dir import DataDir
+from swarmd.node.devices import CPU, DeviceError, MemoryCaps
 from swarmd.node.hardware import Hardware, processor_name
 from swarmd.node.options import DEFAULT_LINK_PORT, DEFAULT_LISTEN
 from swarmd.partition.units import format_bytes
@@ -48,22 +49,39 @@ def check_system() -> Iterator[Finding]:
     yield Finding("python", "ok", f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
 
 
-def check_memory(settings: Settings) -> Iterator[Finding]:
-    """What models may take here, against what is there."""
+def check_devices(settings: Settings) -> Iterator[Finding]:
+    """Which devices carry layers here, and what models may take on each, against what is there."""
     hardware = Hardware(memory=settings.memory, threads=settings.threads, kernels=settings.kernels)
+    try:
+        asyncio.run(hardware.find(settings.device))
+    except DeviceError as error:
+        yield Finding("devices", "problem", str(error), "name other devices, or other limits")
+        return
+    for kind, reason in hardware.missing.items():
+        yield Finding(kind, "note", f"no {kind} device is used", reason)
+    for device in hardware.devices:
+        if device.kind != "cpu":
+            free = f"{format_bytes(device.memory_free)} of {format_bytes(device.memory_total)} are free"
+            said = f"{device.name}: models may take {format_bytes(device.memory_limit)}; {free}"
+            yield Finding(device.id, "ok", said)
+    if CPU in hardware.ids:
+        yield _main_memory(settings, hardware)
+
+
+def _main_memory(settings: Settings, hardware: Hardware) -> Finding:
     memory = psutil.virtual_memory()
-    limit = hardware.memory_limit
+    limit = next(device.memory_limit for device in hardware.devices if device.id == CPU)
     said = (
         f"models may take {format_bytes(limit)}; {format_bytes(memory.available)} of {format_bytes(memory.total)} are "
         f"free; {hardware.threads} thread(s) on {processor_name()}"
     )
     if limit < LEAST_MEMORY:
-        wanted = "give more with --memory" if settings.memory is not None else "close other programs"
-        yield Finding("memory", "problem", said, f"even the default model wants {format_bytes(LEAST_MEMORY)}: {wanted}")
-    elif limit > memory.available:
-        yield Finding("memory", "problem", said, "give less with --memory, or close other programs")
-    else:
-        yield Finding("memory", "ok", said)
+        wanted = "give more with --memory" if settings.memory != MemoryCaps() else "close other programs"
+        remedy = f"even the default model wants {format_bytes(LEAST_MEMORY)}: {wanted}"
+        return Finding("memory", "problem", said, remedy)
+    if limit > memory.available:
+        return Finding("memory", "problem", said, "give less with --memory, or close other programs")
+    return Finding("memory", "ok", said)
 
 
 def check_data_dir(settings: Settings) -> Iterator[Finding]:

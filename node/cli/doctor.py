@@ -17,7 +17,7 @@ from swarmd.node.cli.checks import (
     Finding,
     check_clock,
     check_data_dir,
-    check_memory,
+    check_devices,
     check_network,
     check_ports,
     check_system,
@@ -65,7 +65,7 @@ def checks(settings: Settings) -> list[tuple[str, Callable[[], Iterator[Finding]
     return [
         ("this system", check_system),
         ("PyTorch and the kernels (some seconds)", check_kernels),
-        ("memory", lambda: check_memory(settings)),
+        ("devices and memory", lambda: check_devices(settings)),
         ("the data dir", lambda: check_data_dir(settings)),
         ("the clock", lambda: check_clock(settings)),
         ("ports", lambda: check_ports(settings)),

@@ -58,22 +58,31 @@ def stop(given: Mapping[str, Any]) -> int:
 
 def _nodes(state: dict[str, Any]) -> Table:
     table = Table(title=f"swarm {state['swarm'][:8]}", title_justify="left")
-    for column in ("node", "state", "device", "memory for models", "bandwidth", "compute"):
+    for column in ("node", "state", "device", "layers", "memory for models", "bandwidth", "compute"):
         table.add_column(column)
     for node in state["nodes"]:
         name = node["name"] + (" (this node)" if node["self"] else "")
         for device in node["devices"]:
+            shown = device["id"] if device["kind"] == "cpu" else f"{device['id']}, {device['name']}"
             memory = f"{format_bytes(device['memory_limit'])} of {format_bytes(device['memory_total'])}"
             bandwidth, compute = device["memory_bandwidth"], device["compute"]
             table.add_row(
                 name,
                 node["state"],
-                device["kind"],
+                shown,
+                _layers(state, node["id"], device["id"]),
                 memory,
                 f"{bandwidth / 1e9:.0f} GB/s" if bandwidth else "not measured",
                 f"{compute / 1e9:.0f} GFLOP/s" if compute else "not measured",
             )
     return table
+
+
+def _layers(state: dict[str, Any], node: str, device: str) -> str:
+    """What a device holds of all models: "0 to 14", one line per stage."""
+    stages = [stage for instance in state["instances"] for stage in instance["stages"]]
+    here = [stage for stage in stages if (stage["node"], stage["device"]) == (node, device)]
+    return "\n".join(f"{stage['start']} to {stage['end'] - 1}" for stage in here)
 
 
 def _print_instances(console: Console, state: dict[str, Any]) -> None:

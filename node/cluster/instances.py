@@ -41,6 +41,7 @@ log = logging.getLogger("swarmd.instances")
 WIRE_SECONDS = 20.0
 STOP_SECONDS = 10.0
 MAX_INSTANCES = 16
+ACCELERATORS = frozenset({"cuda", "metal"})
 
 Order = Callable[[str, Struct, float | None], Awaitable[Struct]]
 """Have a node carry out an order: (node id, order, seconds or None) -> its answer.
@@ -175,9 +176,11 @@ class Instances:
         return [
             Capacity(
                 node.id,
-                device.kind,
-                max(0, device.memory_limit - used.get((node.id, device.kind), 0)),
-                node.name if len(node.devices) == 1 else f"{node.name} ({device.kind})",
+                device.id,
+                max(0, device.memory_limit - used.get((node.id, device.id), 0)),
+                node.name if len(node.devices) == 1 else f"{node.name} ({device.id})",
+                bandwidth=device.memory_bandwidth,
+                accelerator=device.kind in ACCELERATORS,
             )
             for node in self._nodes()
             if not node.leaving
@@ -216,6 +219,7 @@ class Instances:
             epoch=epoch,
             index=index,
             model=self._manifests[instance_id],
+            device=stage.device,
             start=stage.start,
             end=stage.end,
             kv_tokens=promise.kv_tokens,
@@ -228,7 +232,7 @@ class Instances:
 
     async def _wire_stage(self, instance_id: str, epoch: int, index: int, stages: tuple[StageRecord, ...]) -> None:
         following = stages[(index + 1) % len(stages)]
-        order = WireStage(instance_id, epoch, len(stages), following.node, following.addresses)
+        order = WireStage(instance_id, epoch, index, len(stages), following.node, following.addresses)
         if await self._order_stage(instance_id, epoch, stages[index].node, order, WIRE_SECONDS) is not None:
             self._feed(instance_id, lambda owned: owned.on_wired(epoch, index))
 

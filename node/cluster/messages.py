@@ -69,15 +69,18 @@ class ModelChunk(Struct, frozen=True, tag="model.chunk.is"):
 
 
 class StartStage(Struct, frozen=True, tag="stage.start"):
-    """Owner to member: fetch what is missing of the model, start a stage process and load layers [start, end).
+    """Owner to member: fetch what is missing of the model, start a stage process and load layers [start, end) on
+    `device`, which the member's record names.
 
-    An order of a higher epoch replaces an earlier one of the same instance.
+    An order ends what the member runs of the same instance by orders of a lower epoch or of another owner. Orders of
+    one epoch stand side by side, told apart by `index`, the stage's place in the pipeline.
     """
 
     instance: ShortText
     epoch: Count
     index: Count
     model: ModelManifest
+    device: ShortText
     start: Count
     end: Count
     kv_tokens: Count
@@ -103,10 +106,11 @@ class StageProgress(Struct, frozen=True, tag="stage.progress"):
 
 
 class WireStage(Struct, frozen=True, tag="stage.wire"):
-    """Owner to member: connect your stage to the next one of the ring."""
+    """Owner to member: connect your stage `index` to the next one of the ring."""
 
     instance: ShortText
     epoch: Count
+    index: Count
     n_stages: Count
     next_node: NodeId
     next_addresses: Addresses
@@ -117,7 +121,7 @@ class StageWired(Struct, frozen=True, tag="stage.wired"):
 
 
 class StopStage(Struct, frozen=True, tag="stage.stop"):
-    """Owner to member: end your stage of this instance, if it is of this epoch or an earlier one."""
+    """Owner to member: end your stages of this instance that are of this epoch or an earlier one."""
 
     instance: ShortText
     epoch: Count

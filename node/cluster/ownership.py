@@ -41,7 +41,7 @@ class WireStages:
 
 @dataclass(frozen=True)
 class StopStages:
-    """End what is left of this epoch and earlier ones on these nodes."""
+    """End all stages that are left of this epoch and earlier ones on these nodes."""
 
     epoch: int
     nodes: tuple[str, ...]
@@ -85,8 +85,8 @@ class OwnedInstance:
         `capacities` are the devices of all nodes that are alive, less what other instances use. `idle` says that nobody
         would be disturbed by a better plan.
         """
-        there = {capacity.node for capacity in capacities}
-        lost = sum(1 for stage in self.record.stages if stage.node not in there)
+        there = {(capacity.node, capacity.device) for capacity in capacities}
+        lost = sum(1 for stage in self.record.stages if (stage.node, stage.device) not in there)
         if lost:
             return self._plan(capacities, f"{lost} of {len(self.record.stages)} stages lost their node")
         if self.record.state is InstanceState.READY:
@@ -179,7 +179,7 @@ class OwnedInstance:
         return self._adopt(made, "more nodes have come")
 
     def _adopt(self, made: Plan, reason: str) -> list[Action]:
-        """Put a plan in the place of the present one. Nodes that stay replace their stages themselves."""
+        """Put a plan in the place of the present one. Nodes that stay end their earlier stages themselves."""
         stop = self._stop_all_but(frozenset(stage.node for stage in made.stages))
         self._unstarted, self._unwired, self._progress = set(range(len(made.stages))), set(), {}
         self.record = replace(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from swarmd.node.cluster.model_exchange import ModelExchange
 from swarmd.node.models.errors import ModelFileError
 from swarmd.node.models.progress import Progress
 from swarmd.node.serving.messages import Kernels, LoadEngine
-from swarmd.node.serving.stage_host import StageHost
+from swarmd.node.serving.stage_host import StageHost, StageKey
 from swarmd.transport.link import LinkClosed, RemoteError
 
 log = logging.getLogger("swarmd.stages")
@@ -36,16 +36,18 @@ log = logging.getLogger("swarmd.stages")
 UNOWNED_SECONDS = 30.0
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Whose order a stage follows."""
+@dataclass(frozen=True, eq=False)
+class _Starting:
+    """A stage that is being brought up."""
 
-    owner: str
-    index: int
+    key: StageKey
+    task: asyncio.Task[StageStarted]
 
 
 class StageOrders:
     """Carries out orders for this node's stages and reports back to whoever gave them.
+
+    `devices` are the ids of what may compute here. Stages of one plan stand side by side, each on its device.
 
     `deliver` hands a report to its owner: over the link, or directly when this node is the owner itself. The drivers
     among the stages guess tokens ahead if they are to `speculate`; `draft_path` is their draft model, if there is one.
@@ -57,6 +59,7 @@ class StageOrders:
         mesh: Callable[[], Mesh],
         exchange: ModelExchange,
         *,
+        devices: Callable[[], Collection[str]],
         threads: int,
         kernels: Kernels,
         speculate: bool,
@@ -69,8 +72,8 @@ class StageOrders:
         self._threads = threads
         self._hosts = hosts
         self._deliver = deliver
-        self._sources: dict[tuple[str, int], _Source] = {}
-        self._starting: dict[str, tuple[int, asyncio.Task[StageStarted]]] = {}
+        self._devices = devices
+        self._starting: list[_Starting] = []
         self._kernels: Kernels = kernels
         self._speculate = speculate
         self.draft_path: Path | None = None
@@ -91,15 +94,11 @@ class StageOrders:
 
     def on_lost(self, job: LoadEngine, reason: str) -> None:
         """A stage of this node ended by itself."""
-        source = self._sources.get((job.instance, job.epoch))
-        if source is not None:
-            self._deliver(source.owner, StageLost(job.instance, job.epoch, source.index, reason[:1000]))
+        self._deliver(job.owner, StageLost(job.instance, job.epoch, job.index, reason[:1000]))
 
     def on_progress(self, job: LoadEngine, done: int, total: int) -> None:
         """A stage of this node reads its weights; fetching counts as the first half."""
-        source = self._sources.get((job.instance, job.epoch))
-        if source is not None:
-            self._tell_progress(source, job.instance, job.epoch, total + done, 2 * total)
+        self._deliver(job.owner, StageProgress(job.instance, job.epoch, job.index, total + done, 2 * total))
 
     async def prune(self, claims: Mapping[str, tuple[str, int]]) -> None:
         """End this node's stages that nobody orders any more.
@@ -114,47 +113,40 @@ class StageOrders:
         for job in self.host.jobs:
             if job.instance in claims:
                 self._unowned[job.instance] = now
-            passed = self._is_passed(job, claims.get(job.instance))
-            if passed or now - self._unowned[job.instance] > UNOWNED_SECONDS:
-                log.info("stage of %s, epoch %d, is no longer wanted", job.instance, job.epoch)
-                await self._stop(job.instance, job.epoch)
-
-    def _is_passed(self, job: LoadEngine, claim: tuple[str, int] | None) -> bool:
-        if claim is None:
-            return False
-        owner, epoch = claim
-        source = self._sources.get((job.instance, job.epoch))
-        return job.epoch < epoch or (job.epoch == epoch and source is not None and source.owner != owner)
+            if _is_passed(job, claims.get(job.instance)) or now - self._unowned[job.instance] > UNOWNED_SECONDS:
+                log.info("stage %d of %s, epoch %d, is no longer wanted", job.index, job.instance, job.epoch)
+                await self.host.end(job)
 
     async def _start(self, owner: str, order: StartStage) -> StageStarted:
-        """An order replaces the one before it, also while that one is still fetching."""
-        before, running = self._starting.pop(order.instance, (0, None))
-        if running is not None:
-            if before > order.epoch:
-                self._starting[order.instance] = before, running
-                raise RemoteError("stale_epoch", f"this node starts epoch {before} already")
-            running.cancel()
-        task = asyncio.create_task(self._bring_up(owner, order))
-        self._starting[order.instance] = order.epoch, task
+        """An order replaces those before it, also while they are still fetching."""
+        if order.device not in self._devices():
+            has = ", ".join(self._devices())
+            raise RemoteError("no_device", f"this node has no device {order.device!r} for layers; it has {has}")
+        key = StageKey(order.instance, owner, order.epoch, order.index)
+        newest = max((s.key.epoch for s in self._starting if s.key.instance == order.instance), default=0)
+        if newest > order.epoch:
+            raise RemoteError("stale_epoch", f"this node starts epoch {newest} already")
+        for before in self._starting:
+            if key.replaces(before.key):
+                before.task.cancel()
+        starting = _Starting(key, asyncio.create_task(self._bring_up(owner, order)))
+        self._starting.append(starting)
         try:
-            return await task
+            return await starting.task
         except asyncio.CancelledError:
-            if task.cancelled():
+            if starting.task.cancelled():
                 raise RemoteError("stale_epoch", "a later order replaced this one") from None
-            task.cancel()
+            starting.task.cancel()
             raise
         finally:
-            if self._starting.get(order.instance, (0, None))[1] is task:
-                del self._starting[order.instance]
+            self._starting.remove(starting)
 
     async def _bring_up(self, owner: str, order: StartStage) -> StageStarted:
         assert self.host is not None
-        source = _Source(owner, order.index)
-        self._sources = {key: kept for key, kept in self._sources.items() if key[0] != order.instance}
-        self._sources[order.instance, order.epoch] = source
 
         def fetched(progress: Progress) -> None:
-            self._tell_progress(source, order.instance, order.epoch, progress.done_bytes, 2 * progress.total_bytes)
+            done, total = progress.done_bytes, 2 * progress.total_bytes
+            self._deliver(owner, StageProgress(order.instance, order.epoch, order.index, done, total))
 
         try:
             path, sparse = await self._exchange.stage_file(order.model, order.start, order.end, fetched)
@@ -175,6 +167,9 @@ class StageOrders:
                 kernels=self._kernels,
                 speculate=self._speculate and order.start == 0,
                 draft_path=str(self.draft_path) if self.draft_path is not None and order.start == 0 else "",
+                index=order.index,
+                device=order.device,
+                owner=owner,
             )
         )
         return StageStarted(advertised(self._hosts(), loaded.port), loaded.weight_bytes)
@@ -182,21 +177,26 @@ class StageOrders:
     async def _wire(self, order: WireStage) -> StageWired:
         assert self.host is not None
         addresses = self._reachable_first(order.next_node, order.next_addresses)
-        await self.host.connect(order.instance, order.epoch, order.n_stages, order.next_node, addresses)
+        await self.host.connect(order.instance, order.epoch, order.index, order.n_stages, order.next_node, addresses)
         return StageWired()
 
     async def _stop(self, instance: str, epoch: int) -> None:
         assert self.host is not None
-        starting, task = self._starting.get(instance, (0, None))
-        if task is not None and starting <= epoch:
-            task.cancel()
+        for starting in self._starting:
+            if starting.key.instance == instance and starting.key.epoch <= epoch:
+                starting.task.cancel()
         await self.host.stop(instance, epoch)
 
     def _reachable_first(self, node: str, addresses: tuple[Address, ...]) -> tuple[Address, ...]:
         return reachable_first(self._own_id, self._mesh(), node, addresses)
 
-    def _tell_progress(self, source: _Source, instance: str, epoch: int, done: int, total: int) -> None:
-        self._deliver(source.owner, StageProgress(instance, epoch, source.index, done, total))
+
+def _is_passed(job: LoadEngine, claim: tuple[str, int] | None) -> bool:
+    """Whether another plan than the one of this job counts: `claim` is the (owner, epoch) that does."""
+    if claim is None:
+        return False
+    owner, epoch = claim
+    return job.epoch < epoch or (job.epoch == epoch and job.owner != owner)
 
 
 def reachable_first(own_id: str, mesh: Mesh, node: str, addresses: tuple[Address, ...]) -> tuple[Address, ...]:

@@ -11,6 +11,16 @@ from swarmd.node.models.checkpoint import Checkpoint
 log = logging.getLogger("swarmd.engine")
 
 
+KINDS = ("cpu",)
+"""The kinds of devices on which something here computes: what stands before the colon in a device's id."""
+
+
+def require_backend(device: str) -> None:
+    """Raises ValueError when nothing here computes on that device."""
+    if device.partition(":")[0] not in KINDS:
+        raise ValueError(f"this version of swarmd does not compute on {device}; it does on {', '.join(KINDS)}")
+
+
 def load_compute(
     checkpoint: Checkpoint,
     start: int,
@@ -24,8 +34,7 @@ def load_compute(
     progress: ReportProgress | None = None,
 ) -> StageCompute:
     """See `StageEngine.load`."""
-    if device != "cpu":
-        raise ValueError(f"there is no backend for device {device!r} yet; use cpu")
+    require_backend(device)
     if kernels == "torch" or not _native_usable(checkpoint, start, end, required=kernels == "native"):
         return _load_torch(checkpoint, start, end, threads, kv_tokens, context, progress)
     from swarmd.node.engine.cpu.native_compute import NativeCompute

@@ -23,7 +23,8 @@ Kernels = Literal["auto", "native", "torch"]
 class LoadEngine(Struct, frozen=True, tag="engine.load"):
     """Daemon to its own stage process: load layers [start, end) of the model file and listen for links.
 
-    The first stage guesses tokens ahead if it is to `speculate`, also with the draft model at `draft_path` if given.
+    It is stage `index` of the pipeline and computes on `device`, by order of the node `owner`. The first stage guesses
+    tokens ahead if it is to `speculate`, also with the draft model at `draft_path` if given.
     """
 
     instance: str
@@ -39,6 +40,9 @@ class LoadEngine(Struct, frozen=True, tag="engine.load"):
     kernels: Kernels = "auto"
     speculate: bool = False
     draft_path: str = ""
+    index: int = 0
+    device: str = "cpu"
+    owner: str = ""
 
 
 class EngineLoaded(Struct, frozen=True, tag="engine.loaded"):

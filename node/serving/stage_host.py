@@ -7,9 +7,10 @@ import logging
 import os
 import secrets
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from msgspec import Struct
 
@@ -33,23 +34,43 @@ EXIT_SECONDS = 2.0
 # runs at a tenth of its speed or less; a short spin costs some speed on an idle machine and none of that.
 SHORT_SPIN = {"GOMP_SPINCOUNT": "1000"}
 
+
+class StageKey(NamedTuple):
+    """Which stage of which plan: an owner gives each of its plans another epoch."""
+
+    instance: str
+    owner: str
+    epoch: int
+    place: int
+
+    @classmethod
+    def of(cls, job: LoadEngine) -> StageKey:
+        """The stage that holds a job."""
+        return cls(job.instance, job.owner, job.epoch, job.index)
+
+    def replaces(self, other: StageKey) -> bool:
+        """Whether the start of this stage ends the other: of its instance, and not another stage of the same plan."""
+        same_plan = self[:3] == other[:3]
+        return self.instance == other.instance and (not same_plan or self.place == other.place)
+
+
 OnLost = Callable[[LoadEngine, str], None]
 OnProgress = Callable[[LoadEngine, int, int], None]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Child:
     job: LoadEngine
     process: asyncio.subprocess.Process
     up: asyncio.Future[Link]
-    watcher: asyncio.Task[None] | None = None
+    watcher: asyncio.Task[None] = field(init=False)
     load: LoadRecord | None = None
     stopping: bool = False
     troubled: bool = False
 
 
 class StageHost:
-    """All stage processes of this node, at most one per instance.
+    """All stage processes of this node: of an instance one per stage that the plan puts here, each on its own device.
 
     `on_lost` hears when one ends or breaks without having been told to; `on_progress` while it loads.
     """
@@ -70,69 +91,71 @@ class StageHost:
         self._on_lost = on_lost
         self._on_progress = on_progress
         self._on_load = on_load
-        self._children: dict[str, _Child] = {}
+        self._children: list[_Child] = []  # until their processes have ended
         self._by_ticket: dict[str, _Child] = {}
         self._by_link: dict[Link, _Child] = {}
 
     @property
     def loads(self) -> tuple[LoadRecord, ...]:
         """How busy the drivers among the stages are."""
-        return tuple(child.load for child in self._children.values() if child.load is not None)
+        return tuple(child.load for child in self._children if child.load is not None and not child.stopping)
 
     @property
     def jobs(self) -> tuple[LoadEngine, ...]:
         """What the stages of this node hold."""
-        return tuple(child.job for child in self._children.values())
-
-    def job(self, instance: str) -> LoadEngine | None:
-        """What the stage of an instance on this node holds."""
-        child = self._children.get(instance)
-        return child.job if child is not None else None
+        return tuple(child.job for child in self._children if not child.stopping)
 
     async def start(self, job: LoadEngine) -> EngineLoaded:
-        """Start a stage process and wait until it holds its layers; an earlier epoch's is ended first.
+        """Start a stage process and wait until it holds its layers.
 
-        Raises RemoteError: `stale_epoch`, `spawn_failed`, or `load_failed` with the engine's own words.
+        What the job replaces is ended first: the instance's stages of an earlier epoch or of another owner, and an
+        earlier start of the same stage. Raises RemoteError: `stale_epoch`, `spawn_failed`, or `load_failed` with the
+        engine's own words.
         """
-        present = self._children.get(job.instance)
-        if present is not None and present.job.epoch > job.epoch:
-            raise RemoteError("stale_epoch", f"this node serves epoch {present.job.epoch} already")
-        await self.stop(job.instance, job.epoch)
+        newest = max((present.epoch for present in self.jobs if present.instance == job.instance), default=0)
+        if newest > job.epoch:
+            raise RemoteError("stale_epoch", f"this node serves epoch {newest} already")
+        key = StageKey.of(job)
+        await self._end([child for child in self._children if key.replaces(StageKey.of(child.job))])
         child = await self._spawn(job)
         try:
             async with asyncio.timeout(SPAWN_SECONDS):
                 link = await child.up
             loaded, _ = await link.request(job, timeout=None)
         except TimeoutError:
-            await self._end(child)
+            await self._end([child])
             raise RemoteError("spawn_failed", f"the stage process did not start in {SPAWN_SECONDS:.0f} s") from None
         except (LinkClosed, RemoteError) as error:
-            await self._end(child)
+            await self._end([child])
             raise (error if isinstance(error, RemoteError) else RemoteError("spawn_failed", str(error))) from error
         assert isinstance(loaded, EngineLoaded)
         return loaded
 
     async def connect(
-        self, instance: str, epoch: int, n_stages: int, next_node: str, addresses: tuple[Address, ...]
+        self, instance: str, epoch: int, index: int, n_stages: int, next_node: str, addresses: tuple[Address, ...]
     ) -> None:
-        """Have the stage of an instance connect to the next one. Raises RemoteError when that fails."""
-        child = self._children.get(instance)
-        if child is None or child.job.epoch != epoch or not child.up.done():
-            raise RemoteError("stale_epoch", f"this node has no stage of epoch {epoch}")
+        """Have stage `index` of an instance connect to the next one. Raises RemoteError when that fails."""
+        wanted = (instance, epoch, index)
+        here = (c for c in self._children if (c.job.instance, c.job.epoch, c.job.index) == wanted and not c.stopping)
+        child = next(here, None)
+        if child is None or not child.up.done() or child.up.cancelled():
+            raise RemoteError("stale_epoch", f"this node has no stage {index} of epoch {epoch}")
         try:
             await child.up.result().request(Connect(n_stages, next_node, addresses), timeout=CONNECT_SECONDS)
         except (LinkClosed, TimeoutError) as error:
             raise RemoteError("stage_lost", str(error)) from error
 
     async def stop(self, instance: str, epoch: int) -> None:
-        """End the stage of an instance if it is of this epoch or an earlier one."""
-        child = self._children.get(instance)
-        if child is not None and child.job.epoch <= epoch:
-            await self._end(child)
+        """End the stages of an instance that are of this epoch or an earlier one."""
+        await self._end([c for c in self._children if c.job.instance == instance and c.job.epoch <= epoch])
+
+    async def end(self, job: LoadEngine) -> None:
+        """End the stage that holds this job, if it is still there."""
+        await self._end([child for child in self._children if child.job is job])
 
     async def close(self) -> None:
         """End every stage process."""
-        await asyncio.gather(*(self._end(child) for child in list(self._children.values())))
+        await self._end(self._children)
 
     def on_link(self, link: Link) -> bool:
         """A process with this node's own key presents itself; False when it holds no ticket of ours."""
@@ -180,10 +203,10 @@ class StageHost:
             env={**SHORT_SPIN, **os.environ},
         )
         child = _Child(job, process, asyncio.get_running_loop().create_future())
-        self._children[job.instance] = child
+        self._children.append(child)
         self._by_ticket[ticket] = child
         child.watcher = asyncio.create_task(self._watch(child, ticket), name=f"stage process {process.pid}")
-        log.info("stage process %d starts for layers %d to %d", process.pid, job.start, job.end - 1)
+        log.info("stage process %d starts for layers %d to %d on %s", process.pid, job.start, job.end - 1, job.device)
         return child
 
     async def _watch(self, child: _Child, ticket: str) -> None:
@@ -193,27 +216,30 @@ class StageHost:
         if not child.up.done():
             child.up.set_exception(RemoteError("spawn_failed", words))
             child.up.exception()
-        if self._children.get(child.job.instance) is child:
-            del self._children[child.job.instance]
+        self._children.remove(child)
         self._lose(child, words)
 
     def _lose(self, child: _Child, reason: str) -> None:
         if not child.stopping and not child.troubled:
             child.troubled = True
-            log.warning("stage of %s, epoch %d: %s", child.job.instance, child.job.epoch, reason)
+            job = child.job
+            log.warning("stage %d of %s, epoch %d: %s", job.index, job.instance, job.epoch, reason)
             self._on_lost(child.job, reason)
 
-    async def _end(self, child: _Child) -> None:
-        """Terminate a stage process and wait for it; one that does not listen is killed."""
-        child.stopping = True
-        if self._children.get(child.job.instance) is child:
-            del self._children[child.job.instance]
-        if child.process.returncode is None:
-            child.process.terminate()
-            try:
-                async with asyncio.timeout(EXIT_SECONDS):
-                    await child.process.wait()
-            except TimeoutError:
-                child.process.kill()
-        if child.watcher is not None:
-            await child.watcher
+    async def _end(self, children: Iterable[_Child]) -> None:
+        """Terminate stage processes and wait until they are gone, also those that end already; one that does not listen
+        is killed.
+        """
+        ending = list(children)
+        for child in ending:
+            child.stopping = True
+        await asyncio.gather(*map(_terminate, ending))
+
+
+async def _terminate(child: _Child) -> None:
+    if child.process.returncode is None:
+        child.process.terminate()
+        _, running = await asyncio.wait({child.watcher}, timeout=EXIT_SECONDS)
+        if running and child.process.returncode is None:
+            child.process.kill()
+    await asyncio.wait({child.watcher})

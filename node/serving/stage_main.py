@@ -42,6 +42,7 @@ def load_stage(job: LoadEngine, report: ReportBytes) -> StageEngine:
         context=job.context,
         sparse=job.sparse,
         kernels=job.kernels,
+        device=job.device,
         progress=report,
     )
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swarmd.partition.costs import ModelCosts
-from swarmd.partition.memory_weighted import plan
+from swarmd.partition.memory_weighted import ABOUT_AS_FAST, plan
 from swarmd.partition.plan import Capacity, DoesNotFit, Promise
 
 MB = 1_000_000
@@ -40,9 +40,19 @@ def models(draw):
     )
 
 
-capacities = st.lists(st.integers(0, 3000 * MB), min_size=1, max_size=7).map(
-    lambda sizes: [Capacity(f"{i:064x}", "cpu", size, f"node {i}") for i, size in enumerate(sizes)]
-)
+@st.composite
+def swarms(draw):
+    """Up to seven devices on up to as many nodes."""
+    devices = []
+    for index in range(draw(st.integers(1, 7))):
+        node = f"{draw(st.integers(0, index)):064x}"
+        accelerator, bandwidth = draw(st.booleans()), draw(st.sampled_from([0.0, 10e9, 12e9, 50e9, 3000e9]))
+        memory = draw(st.integers(0, 3000 * MB))
+        devices.append(Capacity(node, f"cuda:{index}", memory, f"device {index}", bandwidth, accelerator))
+    return devices
+
+
+capacities = swarms()
 promises = st.integers(1, 16384).map(lambda tokens: Promise(tokens, tokens))
 
 
@@ -57,11 +67,11 @@ def test_every_plan_keeps_its_promises(costs, promise, devices, split, random):
         return
     covered = [layer for stage in made.stages for layer in range(stage.start, stage.end)]
     assert covered == list(range(costs.n_layers)), "every layer exactly once, in order"
-    memory = {device.node: device.memory for device in devices}
-    assert len({stage.node for stage in made.stages}) == len(made.stages)
+    memory = {(device.node, device.device): device.memory for device in devices}
+    assert len({(stage.node, stage.device) for stage in made.stages}) == len(made.stages)
     for stage in made.stages:
         assert stage.bytes == bytes_needed(costs, promise, stage.start, stage.end)
-        assert stage.bytes <= memory[stage.node], "never over a cap"
+        assert stage.bytes <= memory[stage.node, stage.device], "never over a cap"
         assert stage.end > stage.start
     shuffled = list(devices)
     random.shuffle(shuffled)
@@ -74,6 +84,47 @@ def test_a_model_that_fits_on_one_device_is_not_split(costs, promise, devices):
     largest = max(device.memory for device in devices)
     if bytes_needed(costs, promise, 0, costs.n_layers) <= largest:
         assert len(plan(costs, [promise], devices).stages) == 1
+
+
+@settings(max_examples=200, deadline=None)
+@given(models(), promises, capacities)
+def test_a_model_that_fits_on_one_device_goes_to_the_fastest(costs, promise, devices):
+    able = [device for device in devices if bytes_needed(costs, promise, 0, costs.n_layers) <= device.memory]
+    if not able:
+        return
+    [stage] = plan(costs, [promise], devices).stages
+    [used] = [device for device in able if (device.node, device.device) == (stage.node, stage.device)]
+    assert used.accelerator == any(device.accelerator for device in able), "an accelerator before a processor"
+    rivals = [device for device in able if device.accelerator == used.accelerator]
+    fastest = max(device.bandwidth for device in rivals)
+    assert not used.bandwidth or used.bandwidth >= ABOUT_AS_FAST * fastest
+    alike = [d for d in rivals if not d.bandwidth or d.bandwidth >= ABOUT_AS_FAST * fastest]
+    assert used.memory == max(device.memory for device in alike), "of devices about as fast the one with most memory"
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 4096), swarms(), st.booleans())
+def test_the_devices_of_a_node_stand_together_where_the_ends_cost_nothing(n_layers, kv, devices, split):
+    """Layers alike and no head or embedding to place: then every order fits that any order fits."""
+    costs = ModelCosts((100 * MB,) * n_layers, 0, 0, kv, 0)
+    try:
+        stages = plan(costs, [Promise(1024, 1024)], devices, split=split).stages
+    except DoesNotFit:
+        return
+    nodes = [stage.node for stage in stages]
+    runs = [node for node, _ in itertools.groupby(nodes)]
+    assert len(runs) == len(set(nodes))
+
+
+def test_the_devices_of_a_node_stand_together_or_else_where_they_fit():
+    """Neither the embedding nor the head fits on the other node, so it stands in the middle."""
+    costs = ModelCosts((10 * MB,) * 9, 40 * MB, 60 * MB, 0, 0)
+    gpu, cpu = Capacity("a" * 64, "cuda:0", 95 * MB, "gpu"), Capacity("a" * 64, "cpu", 75 * MB, "cpu")
+    other = Capacity("b" * 64, "cpu", 35 * MB, "other")
+    apart = plan(costs, [Promise(1, 1)], [gpu, cpu, other]).stages
+    assert [stage.node[0] for stage in apart] == ["a", "b", "a"]
+    together = plan(costs, [Promise(1, 1)], [gpu, cpu, Capacity("b" * 64, "cpu", 85 * MB, "other")]).stages
+    assert [stage.node[0] for stage in together] in (["a", "a", "b"], ["b", "a", "a"])
 
 
 @settings(max_examples=200, deadline=None)

@@ -26,6 +26,9 @@ MODEL = ModelSummary("tiny", "0" * 64, LAYERS * 10 * MB, 8192, "llama")
 COSTS = ModelCosts((10 * MB,) * LAYERS, 3 * MB, 5 * MB, 100, MB)
 PROMISES = (Promise(4096, 8192), Promise(1024, 2048))
 NODES = [f"{index:064x}" for index in range(5)]
+DEVICES = ("cpu", "cuda:0")
+# What a node has of each device, in MB; None where it has none.
+SIZES = st.tuples(st.integers(15, 90), st.none() | st.integers(15, 90))
 
 
 @dataclass
@@ -43,20 +46,27 @@ class Epoch:
 class OneOwner(RuleBasedStateMachine):
     """The world around one owner; orders are carried out whenever the rules say so."""
 
-    @initialize(
-        split=st.booleans(), seen=st.integers(0, 3), sizes=st.lists(st.integers(15, 60), min_size=1, max_size=4)
-    )
+    @initialize(split=st.booleans(), seen=st.integers(0, 3), sizes=st.lists(SIZES, min_size=1, max_size=4))
     def start(self, split, seen, sizes):
         self.owned = OwnedInstance("tiny-1", MODEL, COSTS, PROMISES, epoch=seen, split=split)
         self.now = 0.0
-        self.memory = {node: size * MB for node, size in zip(NODES, sizes, strict=False)}
+        self.memory: dict[tuple[str, str], int] = {}
+        for node, of_node in zip(NODES, sizes, strict=False):
+            self.add_node(node, of_node)
         self.epochs: dict[int, Epoch] = {}
-        self.running: dict[str, int] = {}
+        self.running: dict[tuple[str, str], int] = {}
         self.last_epoch = seen
         self.consider()
 
+    def add_node(self, node, sizes):
+        present = zip(DEVICES, sizes, strict=True)
+        self.memory |= {(node, device): size * MB for device, size in present if size is not None}
+
     def capacities(self):
-        return [Capacity(node, "cpu", size, node[-4:]) for node, size in self.memory.items()]
+        return [
+            Capacity(node, device, size, f"{node[-4:]} ({device})", accelerator=device != "cpu")
+            for (node, device), size in self.memory.items()
+        ]
 
     def act(self, actions):
         for action in actions:
@@ -65,40 +75,51 @@ class OneOwner(RuleBasedStateMachine):
                     assert epoch == self.last_epoch + 1, "every plan has the next epoch"
                     self.last_epoch = epoch
                     assert [layer for s in plan.stages for layer in range(s.start, s.end)] == list(range(LAYERS))
-                    assert all(s.bytes <= self.memory[s.node] for s in plan.stages)
+                    assert all(s.bytes <= self.memory[s.node, s.device] for s in plan.stages)
                     stages = self.owned.record.stages
                     self.epochs[epoch] = Epoch(stages, starting=set(range(len(stages))))
-                    # An order of a higher epoch replaces what runs on that node.
-                    self.running |= {stage.node: epoch for stage in stages}
+                    # An order of a higher epoch replaces all that runs on that node.
+                    ordered = {stage.node for stage in stages}
+                    self.running = {place: e for place, e in self.running.items() if place[0] not in ordered}
+                    self.running |= {(stage.node, stage.device): epoch for stage in stages}
                 case WireStages(epoch=epoch, stages=stages):
                     known = self.epochs[epoch]
                     assert known.started == set(range(len(stages))), "nothing is wired before all are started"
                     assert all(stage.addresses for stage in stages)
                     known.wiring = set(range(len(stages)))
                 case StopStages(epoch=epoch, nodes=nodes):
-                    self.running = {n: e for n, e in self.running.items() if n not in nodes or e > epoch}
+                    self.running = {p: e for p, e in self.running.items() if p[0] not in nodes or e > epoch}
 
     def consider(self, idle=True):
         before, stages = self.owned.epoch, self.owned.record.stages
-        lost = any(stage.node not in self.memory for stage in stages)
+        lost = any((stage.node, stage.device) not in self.memory for stage in stages)
         self.act(self.owned.consider(self.capacities(), self.now, idle=idle))
         if lost:
             self.epochs[before].lost = True
             replanned = self.owned.record.state is InstanceState.LOADING
             assert replanned or (self.owned.record.state, self.owned.record.stages) == (InstanceState.WAITING, ())
 
-    @rule(node=st.sampled_from(NODES), size=st.integers(15, 90))
-    def node_comes(self, node, size):
-        if node not in self.memory:
-            self.memory[node] = size * MB
+    @rule(node=st.sampled_from(NODES), sizes=SIZES)
+    def node_comes(self, node, sizes):
+        if not any(there == node for there, _ in self.memory):
+            self.add_node(node, sizes)
             self.consider()
 
     @precondition(lambda self: self.memory)
     @rule(data=st.data())
     def node_goes(self, data):
-        node = data.draw(st.sampled_from(sorted(self.memory)))
-        del self.memory[node]
-        self.running.pop(node, None)
+        gone = data.draw(st.sampled_from(sorted({node for node, _ in self.memory})))
+        self.memory = {place: size for place, size in self.memory.items() if place[0] != gone}
+        self.running = {place: epoch for place, epoch in self.running.items() if place[0] != gone}
+        self.consider()
+
+    @precondition(lambda self: self.memory)
+    @rule(data=st.data())
+    def device_goes(self, data):
+        """Its node stays and no longer offers it."""
+        gone = data.draw(st.sampled_from(sorted(self.memory)))
+        del self.memory[gone]
+        self.running.pop(gone, None)
         self.consider()
 
     @rule(seconds=st.sampled_from([0.1, 0.5, 5.0, LAST_RETRY_SECONDS]), idle=st.booleans())
@@ -144,7 +165,8 @@ class OneOwner(RuleBasedStateMachine):
         actions = self.owned.on_stage_lost(number, reason, self.now)
         if current:
             assert self.owned.record.state is InstanceState.WAITING
-            assert actions == [StopStages(number, tuple(stage.node for stage in epoch.stages))]
+            holders = tuple(dict.fromkeys(stage.node for stage in epoch.stages))
+            assert actions == [StopStages(number, holders)], "one order ends all stages of a node"
         else:
             assert (actions, self.owned.record) == ([], before)
         epoch.lost = True
@@ -171,7 +193,9 @@ class OneOwner(RuleBasedStateMachine):
             assert [(s.node, s.start) for s in record.stages] == [
                 (s.node, s.start) for s in self.epochs[record.epoch].stages
             ]
-            assert {s.node for s in record.stages} <= self.memory.keys(), "no node that is gone is counted on"
+            places = [(stage.node, stage.device) for stage in record.stages]
+            assert set(places) <= self.memory.keys(), "no device that is gone is counted on"
+            assert len(set(places)) == len(places), "one stage per device"
         else:
             assert record.stages == ()
             assert record.reason or record.state is InstanceState.PLANNING
@@ -182,12 +206,13 @@ class OneOwner(RuleBasedStateMachine):
 
     @invariant()
     def only_stages_of_the_present_epoch_run(self):
-        assert self.running == {stage.node: self.owned.epoch for stage in self.owned.record.stages}
+        assert self.running == {(s.node, s.device): self.owned.epoch for s in self.owned.record.stages}
 
     def teardown(self):
         """When nothing fails any more and there is room, it is ready after the longest pause."""
         if hasattr(self, "owned"):
-            self.memory |= {f"{index:064x}": 70 * MB for index in range(5, 7)}
+            for index in range(5, 7):
+                self.add_node(f"{index:064x}", (70, None))
             self.now += LAST_RETRY_SECONDS
             self.consider(idle=False)
             epoch = self.epochs[self.owned.epoch]

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from swarmd.node.cli import app as command_line
 from swarmd.node.config import ConfigError, Settings, is_loopback, load_settings
+from swarmd.node.devices import MemoryCaps
 from swarmd.node.options import DEFAULT_LISTEN, DEFAULT_MODEL, OPTIONS, environment_name, flag_name
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
@@ -24,8 +25,8 @@ VALUES: dict[str, tuple[str, str, Any]] = {
     "port": ("9001", "9001", 9001),
     "peer": ("kitchen:1", '["kitchen:1"]', ("kitchen:1",)),
     "mdns": ("false", "false", False),
-    "memory": ("600MB", '"600MB"', 600_000_000),
-    "device": ("cpu", '"cpu"', "cpu"),
+    "memory": ("600MB", '"600MB"', MemoryCaps(600_000_000)),
+    "device": ("cpu,cuda:1", '["cpu", "cuda:1"]', ("cpu", "cuda:1")),
     "threads": ("3", "3", 3),
     "model": ("none", '"none"', "none"),
     "context": ("1000", "1000", 1000),
@@ -179,7 +180,7 @@ class TestPlaces:
         for option in VALUES:
             monkeypatch.setenv(environment_name(option), "")
         settings = load_settings()
-        assert settings.memory is None
+        assert (settings.memory, settings.device) == (MemoryCaps(), ("auto",))
         assert settings.mdns is True
 
     def test_several_peers(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -188,6 +189,14 @@ class TestPlaces:
         monkeypatch.setenv("SWARMD_PEER", "c, d:2 [::1]:3")
         assert [str(peer) for peer in load_settings().peers] == ["c:7474", "d:2", "[::1]:3"]
         assert load_settings(peer=["e", "f"]).peer == ("e", "f")
+
+    def test_several_devices_and_their_memory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        (tmp_path / "config.toml").write_text('device = "cuda:1, cpu"\nmemory = 1000000\n')
+        settings = load_settings()
+        assert (settings.device, settings.memory) == (("cuda:1", "cpu"), MemoryCaps(1_000_000))
+        monkeypatch.setenv("SWARMD_MEMORY", "cuda:0=20GB, cpu=8GB")
+        assert load_settings().memory == MemoryCaps(None, {"cuda:0": 20_000_000_000, "cpu": 8_000_000_000})
+        assert load_settings(device=["cpu", "metal,cpu"]).device == ("cpu", "metal")
 
 
 class TestBadValues:

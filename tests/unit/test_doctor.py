@@ -24,7 +24,7 @@ from swarmd.node.cli.checks import (
     Finding,
     check_clock,
     check_data_dir,
-    check_memory,
+    check_devices,
     check_network,
     check_ports,
 )
@@ -92,18 +92,18 @@ class TestKernels:
 class TestMemory:
     def test_enough(self, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(checks.psutil, "virtual_memory", lambda: SimpleNamespace(total=16e9, available=8e9))
-        finding = only(check_memory(settings(memory="4GB")))
+        finding = only(check_devices(settings(memory="4GB")))
         assert finding.state == "ok"
         assert "models may take 4.0 GB; 8.0 GB of 16.0 GB are free" in finding.said
 
     def test_too_little_for_any_model(self):
-        finding = only(check_memory(settings(memory="100MB")))
+        finding = only(check_devices(settings(memory="100MB")))
         assert finding.state == "problem"
         assert "--memory" in finding.remedy
 
     def test_more_than_there_is(self, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(checks.psutil, "virtual_memory", lambda: SimpleNamespace(total=16e9, available=2e9))
-        finding = only(check_memory(settings(memory="4GB")))
+        finding = only(check_devices(settings(memory="4GB")))
         assert finding.state == "problem"
         assert "give less with --memory" in finding.remedy
 

@@ -10,6 +10,7 @@ from support.tiny_gguf import TinyModel, Type, write_tiny_gguf
 from typer.testing import CliRunner
 
 from swarmd.node.cli.app import app
+from swarmd.node.devices import MemoryCaps
 from swarmd.node.engine.spec import ArchSpec
 from swarmd.node.hardware import Hardware
 from swarmd.node.models.draft import DRAFT_KV_TOKENS, bring_draft, require_same_vocabulary
@@ -50,13 +51,14 @@ async def test_it_takes_its_weights_and_its_kv(tmp_path: Path):
     assert more <= (2 * DRAFT_KV_TOKENS - 64) * per_token * 4
 
 
-def test_its_memory_is_not_offered_to_others():
-    hardware = Hardware(memory=1_000_000, threads=1, kernels="auto")
+async def test_its_memory_is_not_offered_to_others():
+    hardware = Hardware(memory=MemoryCaps(1_000_000), threads=1, kernels="auto")
+    await hardware.find(("cpu",))
     hardware.take(400_000, "it")
-    assert hardware.device().memory_limit == 600_000
+    assert [device.memory_limit for device in hardware.devices] == [600_000]
     with pytest.raises(MemoryError, match=r"it needs .*600.*--memory"):
         hardware.take(600_001, "it")
-    assert hardware.device().memory_limit == 600_000
+    assert [device.memory_limit for device in hardware.devices] == [600_000]
 
 
 def test_it_must_have_the_vocabulary_of_the_model(tmp_path: Path):

@@ -15,7 +15,7 @@ PURE = (
     *("discovery.dial_book", "discovery.records"),
     *("partition.costs", "partition.explain", "partition.memory_weighted", "partition.plan", "partition.units"),
     *("transport.frames", "transport.log_limit", "transport.messages"),
-    *("node.cluster.membership", "node.cluster.ownership"),
+    *("node.cluster.membership", "node.cluster.ownership", "node.devices"),
     *("node.engine.sampling_params", "node.engine.spec"),
     *("node.models.detokenizer", "node.models.stop_strings"),
     *("node.serving.chunking", "node.serving.depth", "node.serving.in_flight", "node.serving.kv_room"),

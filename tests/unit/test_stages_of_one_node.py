@@ -1,0 +1,220 @@
+"""Several stages of one instance on one node: orders, reports and ends of each, with processes that are fakes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from msgspec import Struct
+from support.fake_stages import FakeStages
+
+from swarmd.discovery.records import Address
+from swarmd.node.cluster import stage_orders
+from swarmd.node.cluster.messages import StageLost, StageProgress, StageStarted, StartStage, StopStage, WireStage
+from swarmd.node.cluster.stage_orders import StageOrders
+from swarmd.node.models.manifest import ModelManifest
+from swarmd.node.models.progress import Progress
+from swarmd.node.serving import stage_host
+from swarmd.node.serving.messages import EngineProgress, EngineTrouble
+from swarmd.node.serving.stage_host import StageHost
+from swarmd.transport.link import RemoteError
+
+OWN, OWNER, RIVAL = "a" * 64, "b" * 64, "c" * 64
+HERE = "192.0.2.1"
+
+
+class FakeExchange:
+    """Has every file at once."""
+
+    async def stage_file(
+        self, manifest: ModelManifest, start: int, end: int, progress: Callable[[Progress], None]
+    ) -> tuple[Path, bool]:
+        progress(Progress(manifest.name, 10 * (end - start), 10 * (end - start), "peer"))
+        return Path("/model.gguf"), False
+
+
+class OneNode:
+    """A node with two devices: real orders and a real host around stages that are fakes."""
+
+    def __init__(self, stages: FakeStages) -> None:
+        self.stages = stages
+        self.told: list[tuple[str, Struct]] = []
+        mesh: Any = SimpleNamespace(link_to=lambda node: None)
+        exchange: Any = FakeExchange()
+        self.orders = StageOrders(
+            OWN,
+            lambda: mesh,
+            exchange,
+            devices=lambda: ("cuda:0", "cpu"),
+            threads=1,
+            kernels="auto",
+            speculate=True,
+            hosts=lambda: [HERE],
+            deliver=lambda owner, report: self.told.append((owner, report)),
+        )
+        self.host = StageHost(
+            Path("/nowhere"),
+            "node",
+            lambda: 1,
+            on_lost=self.orders.on_lost,
+            on_progress=self.orders.on_progress,
+            on_load=lambda: None,
+        )
+        self.orders.host = stages.host = self.host
+
+    async def start(self, index: int, *, epoch: int = 1, owner: str = OWNER, instance: str = "i") -> StageStarted:
+        manifest: Any = SimpleNamespace(name="tiny")
+        device = ("cuda:0", "cpu", "cuda:7")[index]
+        order = StartStage(instance, epoch, index, manifest, device, 3 * index, 3 * index + 3, 64, 64, "f32")
+        started = await self.orders.carry_out(owner, order)
+        assert isinstance(started, StageStarted)
+        return started
+
+    async def both(self, **options: Any) -> list[StageStarted]:
+        return list(await asyncio.gather(*(self.start(index, **options) for index in (0, 1))))
+
+    def running(self) -> list[tuple[int, int, str]]:
+        jobs = [stage.job for stage in self.stages.running if stage.job is not None]
+        return sorted((job.epoch, job.index, job.device) for job in jobs)
+
+    def losses(self) -> list[tuple[str, int, int]]:
+        return [(owner, m.epoch, m.index) for owner, m in self.told if isinstance(m, StageLost)]
+
+
+@pytest.fixture
+async def node(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[OneNode]:
+    stages = FakeStages()
+    stages.install(monkeypatch)
+    node = OneNode(stages)
+    yield node
+    await node.host.close()
+    assert stages.running == []
+
+
+async def turns() -> None:
+    """Let what is due happen."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def test_each_stage_has_its_process_its_device_and_its_layers(node: OneNode):
+    started = await node.both()
+    assert node.running() == [(1, 0, "cuda:0"), (1, 1, "cpu")]
+    assert len({answer.addresses[0].port for answer in started}) == 2
+    jobs = node.host.jobs
+    assert [(job.start, job.end, job.speculate) for job in jobs] == [(0, 3, True), (3, 6, False)]
+
+
+async def test_each_is_wired_by_its_index_and_reaches_the_other_over_loopback(node: OneNode):
+    first, second = await node.both()
+    for index, following in ((0, second), (1, first)):
+        await node.orders.carry_out(OWNER, WireStage("i", 1, index, 2, OWN, following.addresses))
+    wired = {stage.job.index: stage.next for stage in node.stages.running if stage.job is not None}
+    for index, following in ((0, second), (1, first)):
+        assert wired[index] == (Address("127.0.0.1", following.addresses[0].port), *following.addresses)
+    with pytest.raises(RemoteError, match="no stage 2 of epoch 1"):
+        await node.orders.carry_out(OWNER, WireStage("i", 1, 2, 2, OWN, first.addresses))
+
+
+async def test_a_device_that_is_not_here_is_refused_in_words(node: OneNode):
+    with pytest.raises(RemoteError, match=r"no device 'cuda:7' for layers; it has cuda:0, cpu"):
+        await node.start(2)
+    assert node.stages.all == []
+
+
+async def test_progress_and_loss_are_told_of_the_right_stage(node: OneNode):
+    await node.both()
+    node.told.clear()
+    link: Any = node.stages.all[1]
+    await node.host.on_message(link, EngineProgress(5, 10))
+    assert node.told == [(OWNER, StageProgress("i", 1, 1, 15, 20))]
+    node.stages.all[0].end(1)
+    await turns()
+    assert node.losses() == [(OWNER, 1, 0)]
+    assert node.running() == [(1, 1, "cpu")], "the owner ends the other one"
+    await node.host.on_message(link, EngineTrouble("its neighbour is gone"))
+    assert node.losses() == [(OWNER, 1, 0), (OWNER, 1, 1)]
+
+
+async def test_one_order_ends_all_stages_of_the_epoch(node: OneNode):
+    await node.both()
+    await node.both(instance="j")
+    await node.orders.carry_out(OWNER, StopStage("i", 1))
+    assert [job.instance for job in node.host.jobs] == ["j", "j"]
+    assert node.losses() == [], "who is told to end is not lost"
+
+
+async def test_a_later_plan_ends_all_stages_of_the_earlier_one_before_it_starts_its_own(node: OneNode):
+    await node.both()
+    await node.start(1, epoch=2)
+    assert node.running() == [(2, 1, "cpu")], "also the one that the new plan does not use"
+    with pytest.raises(RemoteError, match="serves epoch 2 already"):
+        await node.start(0, epoch=1)
+
+
+async def test_stages_that_start_at_once_both_wait_for_the_old_ones_to_be_gone(
+    node: OneNode, monkeypatch: pytest.MonkeyPatch
+):
+    """Or there would be too little memory for them."""
+    monkeypatch.setattr(stage_host, "EXIT_SECONDS", 60.0)
+    await node.both()
+    old = node.stages.all[0]
+    old.deaf = True
+    starting = asyncio.gather(node.start(0, epoch=2), node.start(1, epoch=2))
+    await turns()
+    assert node.running() == [(1, 0, "cuda:0")]
+    old.kill()
+    await starting
+    assert node.running() == [(2, 0, "cuda:0"), (2, 1, "cpu")]
+
+
+async def test_one_that_does_not_listen_is_killed(node: OneNode, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(stage_host, "EXIT_SECONDS", 0.01)
+    await node.both()
+    node.stages.all[1].deaf = True
+    await node.orders.carry_out(OWNER, StopStage("i", 1))
+    assert [stage.returncode for stage in node.stages.all] == [-15, -9]
+
+
+async def test_the_plan_of_a_rival_with_the_same_epoch_replaces_all(node: OneNode):
+    await node.both()
+    await node.start(1, owner=RIVAL)
+    assert [(job.owner, job.index) for job in node.host.jobs] == [(RIVAL, 1)]
+    assert len(node.stages.running) == 1
+
+
+async def test_orders_replace_those_that_still_start(node: OneNode):
+    node.stages.loading.clear()
+    early = asyncio.gather(node.start(0), node.start(1), return_exceptions=True)
+    await turns()
+    late = asyncio.ensure_future(node.both(epoch=2))
+    assert [str(error) for error in await early] == ["stale_epoch: a later order replaced this one"] * 2
+    with pytest.raises(RemoteError, match="starts epoch 2 already"):
+        await node.start(0)
+    node.stages.loading.set()
+    await late
+    assert node.running() == [(2, 0, "cuda:0"), (2, 1, "cpu")]
+
+
+async def test_stages_of_another_plan_are_pruned_and_no_others(node: OneNode):
+    await node.both(epoch=3)
+    await node.orders.prune({"i": (OWNER, 3)})
+    assert len(node.stages.running) == 2
+    await node.orders.prune({"i": (RIVAL, 3)})
+    assert node.stages.running == []
+    await node.both(epoch=4)
+    await node.orders.prune({"i": (OWNER, 5)})
+    assert node.stages.running == []
+
+
+async def test_stages_without_an_owner_are_pruned_after_a_while(node: OneNode, monkeypatch: pytest.MonkeyPatch):
+    await node.both()
+    await node.orders.prune({})
+    assert len(node.stages.running) == 2
+    monkeypatch.setattr(stage_orders, "UNOWNED_SECONDS", -1.0)
+    await node.orders.prune({})
+    assert node.stages.running == []
