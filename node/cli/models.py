@@ -18,6 +18,7 @@ from swarmd.node.models.catalog import CATALOG, ModelNameError, resolve
 from swarmd.node.models.checkpoint import open_checkpoint
 from swarmd.node.models.costs import model_costs
 from swarmd.node.models.errors import ModelFileError
+from swarmd.node.models.layout import layout_of
 from swarmd.node.models.progress import Progress
 from swarmd.node.models.store import ModelStore
 from swarmd.partition.units import format_bytes
@@ -83,7 +84,7 @@ def check_servable(data_dir: DataDir, name: str) -> None:
     try:
         path = resolve(name).path
         if path is not None:
-            with open_checkpoint(path) as checkpoint:
+            with open_checkpoint(layout_of(path).path) as checkpoint:
                 model_costs(checkpoint)
     except (ModelNameError, ModelFileError, OSError) as error:
         raise ConfigError(f"--model: {error}") from None

@@ -41,6 +41,7 @@ MAX_METADATA_BYTES = 128 << 20
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".npz")
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=-]{0,127}")
+_SAFETENSORS_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
 
 
@@ -85,7 +86,7 @@ def layout_of(path: Path) -> ModelLayout:
                 raise ModelFileError(f"{path} is a folder, not a GGUF file; check the path")
             return _folder(path)
         if not path.exists():
-            raise ModelFileError(f"there is no file or folder {path}; check the path")
+            raise ModelFileError(f"there is no file or folder {path}; check the path (nothing is fetched from a hub)")
         if path.suffix.lower() != ".gguf":
             raise ModelFileError(f"{path} is not a GGUF file; give one, or the folder of a model in safetensors")
         return _gguf(path)
@@ -199,8 +200,8 @@ def _weight_names(folder: Path) -> list[str]:
         return _indexed_names(folder / INDEX_NAME)
     if (folder / "model.safetensors").is_file():  # others are the same weights in another form, or adapters
         return ["model.safetensors"]
-    if found := sorted(path.name for path in folder.glob("*.safetensors")):
-        return found
+    if found := {path.name for path in folder.glob("*.safetensors")}:
+        return sorted(found | {name for one in found for name in _siblings(one)})
     if any(path.suffix in PICKLED for path in folder.iterdir()):
         raise ModelFileError(
             f"{folder} holds pickled weights only (*.bin, *.pt), which can run code when they are read and are not "
@@ -209,6 +210,13 @@ def _weight_names(folder: Path) -> list[str]:
     if shards := sorted(path.name for path in folder.glob("*.gguf")):
         raise ModelFileError(f"{folder} holds GGUF files; give the path of one of them, for example {shards[0]}")
     raise ModelFileError(f"{folder} has no *.safetensors files; give the folder or the GGUF file of a model")
+
+
+def _siblings(name: str) -> list[str]:
+    """All of NAME-00001-of-00003.safetensors; nothing for another name."""
+    found = _SAFETENSORS_SHARD.fullmatch(name)
+    count = min(int(found[3]), MAX_FILES) if found else 0
+    return [f"{found[1]}-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)] if found else []
 
 
 def _indexed_names(index: Path) -> list[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from support.bad_models import BAD_MODELS, write_bad_model
+from support.model_folders import write_folder
 from support.tiny_gguf import write_tiny_gguf
 from typer.testing import CliRunner
 
@@ -61,3 +62,23 @@ def test_a_file_that_is_pulled_is_listed_and_can_be_served_by_its_name(tmp_path:
     with pytest.raises(ConfigError, match="known here"):
         check_servable(DataDir(tmp_path / "node"), "tiny-llama-2")
     check_servable(DataDir(tmp_path / "node"), "none")
+
+
+def test_a_folder_is_pulled_where_it_lies_and_listed_by_its_name(tmp_path: Path):
+    folder = write_folder(tmp_path / "My Model", {"model.safetensors": 1000})
+    code, said = swarmd(tmp_path, "pull", folder)
+    assert code == 0
+    assert "My-Model is on this machine" in said
+    assert "My-Model" in swarmd(tmp_path, "models")[1]
+    (folder / "model.safetensors").unlink()
+    code, said = swarmd(tmp_path, "pull", folder)
+    assert code == 1
+    assert "model.safetensors of the model in" in said
+    assert "My-Model" not in swarmd(tmp_path, "models")[1]
+
+
+def test_a_path_that_is_no_model_says_what_would_be_one(tmp_path: Path):
+    for path, words in (("./pytorch_model.bin", "pickled weights"), ("owner/name", "there is no file or folder")):
+        code, said = swarmd(tmp_path, "--model", path)
+        assert code == 2
+        assert words in said

@@ -83,6 +83,9 @@ def test_a_folder_has_its_metadata_first_and_then_what_the_index_names(folder: P
 def test_without_an_index_one_file_is_the_model_and_else_all_are(tmp_path: Path) -> None:
     several = write_folder(tmp_path / "b", {"weights.01.safetensors": 1, "weights.00.safetensors": 1}, indexed=False)
     assert names(several)[-2:] == ["weights.00.safetensors", "weights.01.safetensors"]
+    (several / "weights.01.safetensors").rename(several / "weights-00001-of-00002.safetensors")
+    with pytest.raises(ModelFileError, match=r"weights-00002-of-00002\.safetensors .*missing"):
+        layout_of(several)
     one = write_folder(tmp_path / "a", {"model.safetensors": 1, "adapter.safetensors": 1}, indexed=False)
     assert names(one) == ["config.json", "tokenizer.json", "model.safetensors"]
 
