@@ -152,12 +152,8 @@ def _vocabulary(
 def _around(
     path: Path, encoder: tokenizers.Tokenizer, vocabulary: Vocabulary, settings: FolderSettings
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The ids that go before and behind a text: BOS and EOS where tokenizer_config.json says so (`add_bos_token`,
-    `add_eos_token`), else what the post-processor puts there."""
-    if settings.add_bos is not None or settings.add_eos is not None:
-        prefix = [vocabulary.bos_id] if settings.add_bos else []
-        suffix = [vocabulary.eos_id] if settings.add_eos else []
-        return tuple(i for i in prefix if i is not None), tuple(i for i in suffix if i is not None)
+    """The ids that go before and behind a text: what the post-processor puts there. Where it puts nothing (DeepSeek),
+    the Llama classes of `transformers` follow `add_bos_token` and `add_eos_token`."""
     plain, full = careful(
         str(path), lambda: [encoder.encode("a", add_special_tokens=special).ids for special in (False, True)]
     )
@@ -165,4 +161,7 @@ def _around(
     prefix, suffix = tuple(full[:start]), tuple(full[start + len(plain) :])
     if len(prefix) + len(suffix) > _MAX_AROUND or any(i >= len(vocabulary.tokens) for i in (*prefix, *suffix)):
         raise ModelFileError(f"{path}: the post_processor adds tokens that can't be right; get another copy")
+    if not prefix and not suffix and str(settings.config.get("tokenizer_class")).startswith("LlamaTokenizer"):
+        prefix = (vocabulary.bos_id,) if settings.add_bos and vocabulary.bos_id is not None else ()
+        suffix = (vocabulary.eos_id,) if settings.add_eos and vocabulary.eos_id is not None else ()
     return prefix, suffix

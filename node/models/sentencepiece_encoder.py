@@ -20,12 +20,14 @@ def bpe_encoder(vocabulary: Vocabulary, scores: Sequence[float], prefix_space: b
         for text, i in vocabulary.ids.items()
         if vocabulary.types[i] in (TokenType.NORMAL, TokenType.USER_DEFINED)
     }
-    ranked: list[tuple[float, int, int, str, str]] = []
+    # Of equal scores the longer parts first, as in `generate_merges` of transformers' convert_slow_tokenizer.py: in
+    # Llama's and Mistral's files all runs of spaces score the same, and SentencePiece takes the leftmost pair.
+    ranked: list[tuple[float, int, int, int, str, str]] = []
     for text, i in mergeable.items():
         for cut in range(1, len(text)):
             left, right = text[:cut], text[cut:]
             if left in mergeable and right in mergeable:
-                ranked.append((-scores[i], mergeable[left], mergeable[right], left, right))
+                ranked.append((-scores[i], -len(left), -len(right), i, left, right))
     ranked.sort()
     encoder = tokenizers.Tokenizer(
         models.BPE(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from support.hard_texts import PLAIN
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers.convert_slow_tokenizer import generate_merges
 
 CONTROL = ("<|bos|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
 USER_DEFINED = ("<think>", "</think>", "    ")
@@ -70,17 +72,20 @@ def write_folder(folder: Path, backend: Any, **config: Any) -> Path:
     return folder
 
 
-def sentencepiece_pieces() -> list[str]:
-    """Pieces of a small SentencePiece BPE vocabulary, the most valuable first, after the three control pieces and the
-    256 bytes."""
+def sentencepiece_pieces() -> list[tuple[str, float]]:
+    """Pieces and scores of a small SentencePiece BPE vocabulary, to stand after the three control pieces and the 256
+    bytes. Runs of spaces all have the same score, the lowest, as in Llama's and Mistral's."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])  # pyright: ignore[reportAttributeAccessIssue]
     text = [line for line in CORPUS if "あ" not in line]
     backend.train_from_iterator(text, trainers.BpeTrainer(vocab_size=600, show_progress=False, max_token_length=8))
     ids = backend.get_vocab()
     pieces = sorted(ids, key=ids.__getitem__)
-    merged = [p for p in pieces if len(p) > 1]
-    return [*merged, *(p for p in pieces if len(p) == 1 and p not in "😀😃漢")]
+    merged = [p for p in pieces if len(p) > 1 and p.strip("▁")]
+    ranked = [*merged, *(p for p in pieces if len(p) == 1 and p not in "😀😃漢")]
+    return [("▁" * n, -1e9) for n in (2, 4, 8, 5, 16, 6, 12, 13, 10, 14, 3, 9, 7, 11)] + [
+        (piece, -float(i)) for i, piece in enumerate(ranked)
+    ]
 
 
 SPECIAL_PIECES = ("<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)))
@@ -88,14 +93,10 @@ SPECIAL_PIECES = ("<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)))
 
 def sentencepiece_bpe(prefix_space: bool) -> Any:
     """Llama 2's or Gemma's form of tokenizer.json for `sentencepiece_pieces`, with the merges that `transformers`'
-    converter derives from the scores (`SentencePieceExtractor` in `convert_slow_tokenizer.py`)."""
-    pieces = sentencepiece_pieces()
-    rank = {piece: i for i, piece in enumerate(pieces)}
-    merges: list[tuple[str, str]] = []
-    for piece in pieces:
-        cuts = [(piece[:n], piece[n:]) for n in range(1, len(piece))]
-        merges += sorted((c for c in cuts if c[0] in rank and c[1] in rank), key=lambda c: (rank[c[0]], rank[c[1]]))
-    vocab = {text: i for i, text in enumerate([*SPECIAL_PIECES, *pieces])}
+    converter derives from the scores."""
+    scores = dict(sentencepiece_pieces())
+    merges = generate_merges({piece: i for i, piece in enumerate(scores)}, scores)
+    vocab = {text: i for i, text in enumerate([*SPECIAL_PIECES, *scores])}
     backend = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     prepend: list[Any] = [normalizers.Prepend("▁")] if prefix_space else []
     backend.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", "▁")])  # pyright: ignore[reportAttributeAccessIssue]
@@ -113,9 +114,9 @@ def sentencepiece_gguf(prefix_space: bool) -> dict[str, Any]:
     pieces = sentencepiece_pieces()
     return {
         "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": [*SPECIAL_PIECES, *pieces],
+        "tokenizer.ggml.tokens": [*SPECIAL_PIECES, *(text for text, _ in pieces)],
         "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, *[1] * len(pieces)],
-        "tokenizer.ggml.scores": [0.0] * 259 + [-float(i) for i in range(len(pieces))],
+        "tokenizer.ggml.scores": [0.0] * 259 + [score for _, score in pieces],
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.unknown_token_id": 0,
@@ -150,7 +151,6 @@ def model_proto(
     pieces: list[tuple[str, float, int]], kind: int, *, dummy_prefix: bool, squeeze: bool = False, charsmap: bytes = b""
 ) -> bytes:
     """A SentencePiece file: (text, score, type) of each piece, and the few settings that matter here."""
-    import struct
 
     def varint(value: int) -> bytes:
         out = bytearray()
