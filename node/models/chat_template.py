@@ -105,7 +105,11 @@ class ChatTemplate:
         sentence, when the template refuses the conversation, can't handle its shape, or does more work or
         writes more (eight times what it was given plus 1 MiB) than a template needs to.
         """
-        guarded = self._guard.apply({"messages": list(messages), "tools": list(tools) if tools else None})
+        # Templates compare parts of a tool's description with each other; none frames them as it frames a role.
+        guarded = {
+            "messages": self._guard.apply(list(messages)),
+            "tools": self._guard.apply(list(tools), free=False) if tools else None,
+        }
         allowed = _OUTPUT_FACTOR * (self._guard.characters(guarded) + self._size) + _OUTPUT_FLOOR
         variables = {
             **self._special_texts,
@@ -146,9 +150,9 @@ class _Guard:
         if isinstance(value, str):
             return self._string(value, free)
         if isinstance(value, Mapping):
-            return {self.apply(k, free=False): self.apply(v, free=k not in _TAGS) for k, v in value.items()}
+            return {self.apply(k, free=False): self.apply(v, free=free and k not in _TAGS) for k, v in value.items()}
         if isinstance(value, list | tuple):
-            return [self.apply(v) for v in value]
+            return [self.apply(v, free=free) for v in value]
         return value
 
     def characters(self, value: Any) -> int:
