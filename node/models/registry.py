@@ -36,7 +36,7 @@ class FileStamp(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, folder: Path, file: str) -> FileStamp:
         """The stamp of a file now. Raises OSError."""
-        status = os.stat(folder / file)
+        status = os.stat(f"{folder}{os.sep}{file}")
         return cls(status.st_size, status.st_mtime_ns, file)
 
 
@@ -135,7 +135,7 @@ def _is_current(record: _Record) -> bool:
     """Whether the files are what they were, and no other has come that would belong to the model."""
     folder = _folder_of(Path(record.path))
     try:
-        if not record.files or any(FileStamp.of(folder, stamp.file) != stamp for stamp in record.files):
+        if not record.files or not all(_is_unchanged(f"{folder}{os.sep}{stamp.file}", stamp) for stamp in record.files):
             return False
     except OSError:
         return False
@@ -143,6 +143,11 @@ def _is_current(record: _Record) -> bool:
         return True
     known = [s.file for s in record.files if s.file in METADATA_NAMES or s.file.startswith(f"{TEMPLATE_FOLDER}/")]
     return present_metadata(folder) == known
+
+
+def _is_unchanged(path: str, stamp: FileStamp) -> bool:
+    status = os.stat(path)
+    return (status.st_size, status.st_mtime_ns) == (stamp.size, stamp.mtime_ns)
 
 
 def _folder_of(path: Path) -> Path:
