@@ -14,6 +14,7 @@ def node_id(name: str) -> str:
 
 def _node(name: str, limit: int, *, self: bool = False, state: str = "alive") -> Json:
     device = {
+        "id": "cpu",
         "kind": "cpu",
         "name": "cpu",
         "memory_total": 8_000_000_000,

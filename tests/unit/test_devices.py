@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
+from typer.testing import CliRunner
 
 from swarmd.node import hardware as hardware_module
+from swarmd.node.cli.app import app
+from swarmd.node.cli.status import _nodes
 from swarmd.node.devices import (
     DeviceError,
     FoundDevice,
@@ -224,3 +230,35 @@ class TestLooking:
         rates = await hardware_module._run("swarmd.node.engine.devices", "--measure", "mlx-cpu")
         assert rates["mlx-cpu"]["memory_bandwidth"] > 1e8
         assert rates["mlx-cpu"]["compute"] > 1e8
+
+
+def test_a_node_told_to_use_what_is_not_there_does_not_start(tmp_path: Path):
+    words = ["--data-dir", str(tmp_path), "--model", "none", "--no-mdns", "--listen", "127.0.0.1:0", "--port", "0"]
+    for option, value, said in (
+        ("--device", "cpu,cuda:99", "--device: there is no cuda:99 here"),
+        ("--memory", "metal=1GB", "--memory: metal carries no layers here (see --device), only cpu"),
+    ):
+        given = ["--device", "cpu", option, value] if option == "--memory" else [option, value]
+        result = CliRunner().invoke(app, [*words, *given])
+        assert result.exit_code == 2
+        assert said in " ".join(result.output.split())
+
+
+def test_status_tells_of_each_device_and_its_layers():
+    devices = [
+        {"id": "cuda:0", "kind": "cuda", "name": "RTX 4090"},
+        {"id": "cpu", "kind": "cpu", "name": "EPYC"},
+    ]
+    figures = {"memory_limit": 8 * GB, "memory_total": 24 * GB, "memory_bandwidth": 1e12, "compute": 0.0}
+    node = {"id": "a", "name": "attic", "self": True, "state": "alive", "devices": [d | figures for d in devices]}
+    stages = [
+        {"node": "a", "device": "cuda:0", "start": 0, "end": 20},
+        {"node": "a", "device": "cpu", "start": 20, "end": 24},
+        {"node": "b", "device": "cpu", "start": 24, "end": 30},
+    ]
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(_nodes({"swarm": "0123456789", "nodes": [node], "instances": [{"stages": stages}]}))
+    gpu, processor = [line for line in console.export_text().splitlines() if "attic" in line]
+    assert re.search(r"cuda:0, RTX 4090 .* 0 to 19 .* 8.0 GB of 24.0 GB .* 1000 GB/s", gpu)
+    assert re.search(r"cpu .* 20 to 23 ", processor)
+    assert "24 to 29" not in gpu + processor

@@ -10,6 +10,7 @@ import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 from swarmd.discovery import survey
 from swarmd.discovery.mdns import MdnsDiscovery
 from swarmd.discovery.survey import multicast_troubles, nodes_in_sight
+from swarmd.node import hardware
 from swarmd.node.cli import checks, doctor
 from swarmd.node.cli.app import app
 from swarmd.node.cli.checks import (
@@ -193,6 +195,34 @@ class TestPorts:
             finding = only(check_ports(settings()))
         assert finding.state == "ok"
         assert "http://127.0.0.1:7475" in finding.said
+
+
+class TestDevices:
+    GPU: ClassVar = {"id": "cuda:0", "name": "RTX 4090", "memory_total": 24_000_000_000, "memory_free": 20_000_000_000}
+
+    def found(self, monkeypatch: pytest.MonkeyPatch, devices: list[Any], missing: dict[str, str], **given: str):
+        async def run(module: str, *arguments: str) -> Any:
+            return {"devices": devices, "missing": missing}
+
+        monkeypatch.setattr(hardware, "_run", run)
+        monkeypatch.setattr(hardware, "kinds_worth_a_look", lambda wanted: ["cuda"])
+        return list(check_devices(settings(memory="4GB", **given)))
+
+    def test_each_device_is_told(self, monkeypatch: pytest.MonkeyPatch):
+        gpu, memory = self.found(monkeypatch, [self.GPU], {})
+        assert (gpu.subject, gpu.state) == ("cuda:0", "ok")
+        assert "RTX 4090: models may take 16.0 GB; 20.0 GB of 24.0 GB are free" in gpu.said
+        assert memory.subject == "memory"
+
+    def test_a_gpu_that_cannot_be_used_is_worth_a_note_with_the_reason(self, monkeypatch: pytest.MonkeyPatch):
+        note, _ = self.found(monkeypatch, [], {"cuda": "PyTorch was built without CUDA; install another"})
+        assert (note.subject, note.state) == ("cuda", "note")
+        assert "install another" in note.remedy
+
+    def test_a_device_that_was_asked_for_and_is_not_there(self, monkeypatch: pytest.MonkeyPatch):
+        finding = only(self.found(monkeypatch, [self.GPU], {}, device="cuda:1"))
+        assert finding.state == "problem"
+        assert "there is no cuda:1 here; this machine has cpu, cuda:0" in finding.said
 
 
 class TestNetwork:

@@ -3,11 +3,13 @@
  * Bytes are bytes, memory_bandwidth is bytes/s, compute is FLOP/s, last_seen_s is seconds before the state was sent.
  */
 
-export type DeviceKind = "cpu" | "cuda" | "metal";
+export type DeviceKind = "cpu" | "cuda" | "metal" | "mlx";
 export type NodeState = "alive" | "suspect" | "gone";
 export type InstanceState = "planning" | "loading" | "ready" | "waiting" | "failed";
 
 export interface Device {
+  /** As stages name it: `cpu`, `cuda:0`, `metal`, `mlx-cpu`. */
+  id: string;
   kind: DeviceKind;
   name: string;
   memory_total: number;

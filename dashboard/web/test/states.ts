@@ -3,7 +3,7 @@ import type { Device, Instance, Stage, Swarm, SwarmNode } from "../src/types.ts"
 
 export function device(changes: Partial<Device> = {}): Device {
   const memory = { memory_total: 1000, memory_free: 800, memory_limit: 1000 };
-  return { kind: "cpu", name: "cpu", ...memory, memory_bandwidth: 1, compute: 1, ...changes };
+  return { id: "cpu", kind: "cpu", name: "cpu", ...memory, memory_bandwidth: 1, compute: 1, ...changes };
 }
 
 export function node(id: string, changes: Partial<SwarmNode> = {}): SwarmNode {

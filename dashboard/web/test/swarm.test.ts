@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { deviceOf, idleNodes, isAlone, memoryUse, nodeName, reasonsFor, servingSignature } from "../src/lib/swarm.ts";
+import { deviceOf, idleDevices, idleNodes, isAlone, memoryUse, nodeName, reasonsFor, servingSignature } from "../src/lib/swarm.ts";
 import { device, instance, node, stage, swarm } from "./states.ts";
 
 test("memory adds up: own stage, other stages, other programs, all within the limit", () => {
@@ -20,11 +20,11 @@ test("other programs count only where they leave less than the cap", () => {
   assert.equal(read(tight).taken, 500);
 });
 
-test("a stage's device is found by name, or by kind and position", () => {
-  const gpus = [device({ kind: "cuda", name: "RTX A" }), device({ kind: "cuda", name: "RTX B" }), device()];
+test("a stage's device is found by its id", () => {
+  const gpus = [device({ id: "cuda:0", kind: "cuda", name: "RTX A" }), device({ id: "cuda:1", kind: "cuda", name: "RTX B" }), device()];
   const machine = node("a", { devices: gpus });
   assert.equal(deviceOf(machine, "cuda:1")?.name, "RTX B");
-  assert.equal(deviceOf(machine, "cuda")?.name, "RTX A");
+  assert.equal(deviceOf(machine, "cuda"), undefined);
   assert.equal(deviceOf(machine, "cpu")?.kind, "cpu");
   assert.equal(deviceOf(machine, "metal"), undefined);
 });
@@ -36,6 +36,19 @@ test("nodes without a stage are those of no instance, with what the plan says of
   assert.deepEqual(idleNodes(state).map((n) => n.id), ["b", "c0ffee0011"]);
   assert.deepEqual(reasonsFor(state, nodes[1]!), ["nas is left out: too small"]);
   assert.deepEqual(reasonsFor(state, nodes[2]!), ["nas2 is slow", "c0ffee00 has no memory"]);
+});
+
+test("a node with stages is idle as far as a device of it is, and each device holds its own", () => {
+  const gpu = device({ id: "cuda:0", kind: "cuda", name: "RTX" });
+  const [a, b] = [node("a", { name: "attic", devices: [gpu, device()] }), node("b")];
+  const stages = [stage("a", 0, 5, { device: "cuda:0" }), stage("b", 5, 6)];
+  const explanation = ["attic (cuda:0): layers 0 to 4", "attic (cpu) is left out"];
+  const state = swarm([a, b], [instance(stages, { explanation })]);
+  assert.deepEqual(idleNodes(state).map((n) => n.id), ["a"]);
+  assert.deepEqual(idleDevices(state, a).map((d) => d.id), ["cpu"]);
+  assert.deepEqual(reasonsFor(state, a), ["attic (cpu) is left out"]);
+  assert.equal(memoryUse(state, a, gpu, null).others, 50);
+  assert.equal(memoryUse(state, a, device(), null).others, 0);
 });
 
 test("a name with special characters is matched as it is written", () => {

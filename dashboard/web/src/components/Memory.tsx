@@ -21,14 +21,15 @@ export function Memory({ use }: { use: MemoryUse }) {
   );
 }
 
-/** The rates measured on the device; a rate that was not measured is left out. */
-export function DeviceFigures({ device }: { device: Device }) {
+/** The rates measured on the device, after its name if wanted; a rate that was not measured is left out. */
+export function DeviceFigures({ device, named = false }: { device: Device; named?: boolean }) {
   const figures = [
     device.memory_bandwidth > 0 && formatBandwidth(device.memory_bandwidth),
     device.compute > 0 && formatCompute(device.compute),
   ].filter(Boolean);
-  return figures.length > 0 ? (
-    <p class="measured" title="Measured memory bandwidth and compute">
+  return figures.length > 0 || named ? (
+    <p class="measured" title={named ? device.name : "Measured memory bandwidth and compute"}>
+      {named && `${device.name}${figures.length > 0 ? " · " : ""}`}
       <span class="hidden">Measured: </span>
       {figures.join(" · ")}
     </p>

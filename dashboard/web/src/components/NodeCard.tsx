@@ -1,6 +1,6 @@
 import { colourClass } from "../lib/colours.ts";
 import type { FeedState } from "../lib/feed.ts";
-import { memoryUse, reasonsFor } from "../lib/swarm.ts";
+import { idleDevices, memoryUse, reasonsFor } from "../lib/swarm.ts";
 import type { Swarm, SwarmNode } from "../types.ts";
 import { DeviceFigures, Memory } from "./Memory.tsx";
 import { NodeTitle } from "./NodeTitle.tsx";
@@ -11,7 +11,7 @@ interface Props {
   feed: FeedState;
 }
 
-/** A node that holds no stage: what it could carry, and what the plan says about leaving it out. */
+/** What of a node holds no stage: what it could carry, and what the plan says about leaving it out. */
 export function NodeCard({ node, swarm, feed }: Props) {
   const reasons = reasonsFor(swarm, node);
   return (
@@ -22,10 +22,10 @@ export function NodeCard({ node, swarm, feed }: Props) {
           {reason}
         </p>
       ))}
-      {node.devices.map((device) => (
-        <div key={device.name} class="device">
+      {idleDevices(swarm, node).map((device) => (
+        <div key={device.id} class="device">
           <p class="device-name" title={device.name}>
-            <span class="tag">{device.kind}</span> {device.name !== device.kind && device.name}
+            <span class="tag">{device.id}</span> {device.name !== device.id && device.name}
           </p>
           <Memory use={memoryUse(swarm, node, device, null)} />
           <DeviceFigures device={device} />

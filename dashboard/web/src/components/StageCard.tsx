@@ -33,12 +33,12 @@ export function StageCard({ stage, driver, swarm, receivedAt }: Props) {
       <p class="facts">
         <span>{plural(stage.end - stage.start, "layer")}</span>
         <span>{formatBytes(stage.bytes)}</span>
-        <span>{stage.device}</span>
+        <span title={device?.name}>{stage.device}</span>
       </p>
       {node && device && (
         <>
           <Memory use={memoryUse(swarm, node, device, stage)} />
-          <DeviceFigures device={device} />
+          <DeviceFigures device={device} named={device.kind !== "cpu"} />
         </>
       )}
     </>

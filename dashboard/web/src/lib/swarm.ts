@@ -23,22 +23,16 @@ export function nodeName(swarm: Swarm, id: string): string {
   return nodeById(swarm, id)?.name || shortId(id);
 }
 
-/**
- * The device that a stage names. Stages name devices as `cpu`, `cuda:0`, `metal`; a record may give the kind or a product
- * name, so: the same name, else the kind and position, else nothing.
- */
+/** The device that a stage names, if its node still has it. */
 export function deviceOf(node: SwarmNode, stageDevice: string): Device | undefined {
-  const exact = node.devices.find((device) => device.name === stageDevice);
-  if (exact) return exact;
-  const [kind, index = "0"] = stageDevice.split(":");
-  return node.devices.filter((device) => device.kind === kind)[Number(index)];
+  return node.devices.find((device) => device.id === stageDevice);
 }
 
 /** Bytes of all stages, of every instance, on one device of a node. */
 export function stageBytes(swarm: Swarm, node: SwarmNode, device: Device): number {
   return swarm.instances
     .flatMap((instance) => instance.stages)
-    .filter((stage) => stage.node === node.id && deviceOf(node, stage.device) === device)
+    .filter((stage) => stage.node === node.id && stage.device === device.id)
     .reduce((sum, stage) => sum + stage.bytes, 0);
 }
 
@@ -55,16 +49,32 @@ export function layerCount(instance: Instance): number {
   return instance.stages.reduce((most, stage) => Math.max(most, stage.end), 0);
 }
 
-/** Nodes that hold no stage of any instance. */
-export function idleNodes(swarm: Swarm): SwarmNode[] {
-  const busy = new Set(swarm.instances.flatMap((instance) => instance.stages.map((stage) => stage.node)));
-  return swarm.nodes.filter((node) => !busy.has(node.id));
+/** Ids of the devices of a node that hold stages. */
+function busyDevices(swarm: Swarm, node: SwarmNode): Set<string> {
+  const stages = swarm.instances.flatMap((instance) => instance.stages);
+  return new Set(stages.filter((stage) => stage.node === node.id).map((stage) => stage.device));
 }
 
-/** The lines of the plans' explanations that speak of this node, by its name (as a whole word) or by its id. */
+/** Devices of a node that hold no stage of any instance. */
+export function idleDevices(swarm: Swarm, node: SwarmNode): Device[] {
+  const busy = busyDevices(swarm, node);
+  return node.devices.filter((device) => !busy.has(device.id));
+}
+
+/** Nodes of which a device, or all there is, holds no stage of any instance. */
+export function idleNodes(swarm: Swarm): SwarmNode[] {
+  return swarm.nodes.filter((node) => busyDevices(swarm, node).size === 0 || idleDevices(swarm, node).length > 0);
+}
+
+/**
+ * The lines of the plans' explanations that speak of what is idle of this node: by its name (as a whole word) or by its id,
+ * and of a node that holds stages only those that name an idle device.
+ */
 export function reasonsFor(swarm: Swarm, node: SwarmNode): string[] {
-  const lines = swarm.instances.flatMap((instance) => instance.explanation);
-  return lines.filter((line) => mentions(line, node));
+  const lines = swarm.instances.flatMap((instance) => instance.explanation).filter((line) => mentions(line, node));
+  if (busyDevices(swarm, node).size === 0) return lines;
+  const idle = idleDevices(swarm, node).map((device) => `(${device.id})`);
+  return lines.filter((line) => idle.some((id) => line.includes(id)));
 }
 
 function mentions(line: string, node: SwarmNode): boolean {
