@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from swarmd.node.models.errors import ModelFileError
 from swarmd.node.models.gguf import GGUFFile
+from swarmd.node.models.gguf_shards import check_shard
 from swarmd.node.models.layout import ModelFile, ModelLayout
 
 MAX_SAFETENSORS_HEADER = 100_000_000
@@ -44,12 +45,7 @@ def _head_size(file: ModelFile, number: int, count: int) -> int:
 
 def _gguf_head(file: ModelFile, number: int, count: int) -> int:
     with GGUFFile.open(file.path) as gguf:
-        says = gguf.metadata.get("split.no", 0), gguf.metadata.get("split.count", 1) or 1
-        if says != (number, count):
-            raise ModelFileError(
-                f"{file.path.name} says that it is shard {says[0]!r:.20} of {says[1]!r:.20}, counted from 0, not shard "
-                f"{number} of {count}; give the shards the names that they were made with"
-            )
+        check_shard(gguf, number, count)
         return min(gguf.header_bytes, file.size)  # a shard of metadata alone may end before its padding
 
 

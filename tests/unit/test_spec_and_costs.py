@@ -14,8 +14,8 @@ from swarmd.node.engine.tensors import EMBEDDING, HEAD, OUTPUT_NORM, tensor_shap
 from swarmd.node.models.checkpoint import open_checkpoint
 from swarmd.node.models.costs import model_costs
 from swarmd.node.models.errors import ModelFileError
-from swarmd.node.models.gguf import GGUFFile
 from swarmd.node.models.gguf_checkpoint import GGUFCheckpoint
+from swarmd.node.models.gguf_shards import GGUFShards
 from swarmd.node.models.gguf_spec import spec_from_gguf
 
 METADATA: dict[str, Any] = {
@@ -69,7 +69,6 @@ def test_linear_rope_scaling_is_read() -> None:
         ({"llama.rope.dimension_count": 7}, "rotary"),
         ({"llama.rope.scaling.type": "yarn"}, "'yarn'"),
         ({"llama.expert_count": 8}, "experts"),
-        ({"llama.attention.sliding_window": 4096}, "sliding"),
         ({"llama.attention.key_length": 16, "llama.attention.value_length": 32}, "differ"),
     ],
 )
@@ -120,7 +119,7 @@ def test_costs_count_a_tied_head_as_shared(model_path: Path) -> None:
 
 def test_costs_refuse_unsupported_types_before_anything_is_loaded(tmp_path: Path) -> None:
     path = write_tiny_gguf(tmp_path / "f64.gguf", TinyModel())
-    with GGUFFile.open(path) as file:
+    with GGUFShards.open(path) as file:
         info = file.tensors["blk.1.ffn_up.weight"]
         object.__setattr__(info, "type", type(info.type).IQ2_XS)
         with pytest.raises(ModelFileError, match=r"blk\.1\.ffn_up\.weight.*IQ2_XS, not supported yet"):
