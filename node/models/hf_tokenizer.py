@@ -61,11 +61,15 @@ def _model_texts(path: Path, raw: dict[str, Any]) -> set[str]:
             f"{path}: tokenizer model {kind!r:.40} is not known to swarmd (known: BPE, Unigram); choose another model"
         )
     vocab = model.get("vocab")
-    if kind == "BPE" and isinstance(vocab, dict):
+    if kind == "BPE" and isinstance(vocab, dict) and all(type(i) is int for i in vocab.values()):
         return set(vocab)
-    if kind == "Unigram" and isinstance(vocab, list) and all(isinstance(e, list) and e for e in vocab):
-        return {str(entry[0]) for entry in vocab}
+    if kind == "Unigram" and isinstance(vocab, list) and all(map(_is_scored, vocab)):
+        return {entry[0] for entry in vocab}
     raise ModelFileError(f"{path}: the model's vocab has a form that swarmd does not know; get another copy")
+
+
+def _is_scored(entry: Any) -> bool:
+    return isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)
 
 
 def _added_tokens(
