@@ -171,13 +171,13 @@ class Entry:
             await self.changed.wait(30)
         ports = []
         for index in range(n_stages):
-            job = LoadEngine(INSTANCE, EPOCH, "", False, index, index + 1, KV_TOKENS, CONTEXT, 1, "bf16")
+            job = LoadEngine(INSTANCE, EPOCH, "", False, index, index + 1, KV_TOKENS, CONTEXT, 1)
             loaded, _ = await self.stages[index].request(job)
             assert isinstance(loaded, EngineLoaded)
             ports.append(loaded.port)
         for index in range(n_stages):
             following = Address("127.0.0.1", ports[(index + 1) % n_stages])
-            await self.stages[index].request(Connect(n_stages, endpoint.node_id, (following,)))
+            await self.stages[index].request(Connect(n_stages, endpoint.node_id, (following,), "bf16"))
         self.driver = await endpoint.dial("127.0.0.1", ports[0])
 
 

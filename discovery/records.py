@@ -7,7 +7,7 @@ not fit.
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
@@ -15,6 +15,9 @@ NodeId = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 ShortText = Annotated[str, Meta(max_length=128)]
 LongText = Annotated[str, Meta(max_length=512)]
 Count = Annotated[int, Meta(ge=0, le=2**62)]
+
+
+WireWish = Literal["auto", "f32", "bf16", "f16", "q8"]
 
 
 class InstanceState(StrEnum):
@@ -110,7 +113,8 @@ class InstanceRecord(Struct, frozen=True):
 class NodeRecord(Struct, frozen=True):
     """All that a node says of itself. Last writer wins per node: `counter` only grows, also across restarts.
 
-    `launching` names the models that it is bringing, of which it will own an instance.
+    `launching` names the models that it is bringing, of which it will own an instance. `wire_dtype` is how it wishes
+    hidden states to travel over links of its stages.
     """
 
     id: NodeId
@@ -124,3 +128,4 @@ class NodeRecord(Struct, frozen=True):
     loads: Annotated[tuple[LoadRecord, ...], Meta(max_length=16)] = ()
     launching: Annotated[tuple[ShortText, ...], Meta(max_length=16)] = ()
     leaving: bool = False
+    wire_dtype: WireWish = "auto"

@@ -18,6 +18,7 @@ from pydantic_settings import (
 )
 
 from swarmd.discovery.peers import PeerAddress, parse_peer
+from swarmd.discovery.records import WireWish
 from swarmd.node.devices import AUTO, MemoryCaps, parse_devices, parse_memory
 from swarmd.node.options import (
     DEFAULT_DATA_DIR,
@@ -105,7 +106,7 @@ class Settings(BaseSettings):
     speculate: bool = True
     draft_model: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
     kernels: Literal["auto", "native", "torch"] = "auto"
-    wire_dtype: Literal["bf16", "f32"] = "f32"
+    wire_dtype: WireWish = "auto"
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_upper)] = "INFO"
 
     @field_validator("data_dir", mode="before")

@@ -206,6 +206,7 @@ class Daemon:
             loads=self.host.loads,
             launching=self.launcher.launching,
             leaving=self._leaving,
+            wire_dtype=self.settings.wire_dtype,
         )
 
     def _refresh(self) -> None:

@@ -88,8 +88,9 @@ OPTIONS: dict[str, Option] = {
         "KIND",
     ),
     "wire_dtype": Option(
-        "How activations travel between stages: f32, so that answers are those of one node, or bf16, half the bytes, "
-        "for slow links. Default: f32.",
+        "How activations travel on this node's links between stages: f32 (exact), bf16 or f16 (half the bytes), q8 "
+        "(8-bit blocks, a quarter of them), for slow links; given to the node that starts a model, on all its links. "
+        "Default: auto: bf16 where an end computes in bf16 (GPUs), else f32.",
         "DTYPE",
     ),
     "log_level": Option("DEBUG, INFO, WARNING or ERROR. Default: INFO.", "LEVEL"),

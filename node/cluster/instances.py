@@ -30,8 +30,8 @@ from swarmd.node.cluster.ownership import (
     successor,
     winner,
 )
+from swarmd.node.cluster.wire_choice import LinkEnd, WireWish, link_dtype
 from swarmd.node.models.manifest import ModelManifest
-from swarmd.node.serving.messages import WireDtype
 from swarmd.partition.costs import ModelCosts
 from swarmd.partition.plan import Capacity, Promise
 from swarmd.transport.link import LinkClosed, RemoteError
@@ -64,14 +64,14 @@ class Instances:
         order: Order,
         changed: Callable[[], None],
         *,
-        wire_dtype: WireDtype,
+        wire_dtype: WireWish,
         split: bool,
     ) -> None:
         self._own_id = own_id
         self._nodes = nodes
         self._order = order
         self._changed = changed
-        self._wire_dtype: WireDtype = wire_dtype
+        self._wire_dtype: WireWish = wire_dtype
         self._split = split
         self._owned: dict[str, OwnedInstance] = {}
         self._manifests: dict[str, ModelManifest] = {}
@@ -224,17 +224,21 @@ class Instances:
             end=stage.end,
             kv_tokens=promise.kv_tokens,
             context=promise.context,
-            wire_dtype=self._wire_dtype,
         )
         reply = await self._order_stage(instance_id, epoch, stage.node, order, None)
         if isinstance(reply, StageStarted):
             self._feed(instance_id, lambda owned: owned.on_started(epoch, index, reply.addresses))
 
     async def _wire_stage(self, instance_id: str, epoch: int, index: int, stages: tuple[StageRecord, ...]) -> None:
-        following = stages[(index + 1) % len(stages)]
-        order = WireStage(instance_id, epoch, index, len(stages), following.node, following.addresses)
-        if await self._order_stage(instance_id, epoch, stages[index].node, order, WIRE_SECONDS) is not None:
+        stage, following = stages[index], stages[(index + 1) % len(stages)]
+        dtype = link_dtype(self._wire_dtype, self._link_end(stage), self._link_end(following))
+        order = WireStage(instance_id, epoch, index, len(stages), following.node, following.addresses, dtype)
+        if await self._order_stage(instance_id, epoch, stage.node, order, WIRE_SECONDS) is not None:
             self._feed(instance_id, lambda owned: owned.on_wired(epoch, index))
+
+    def _link_end(self, stage: StageRecord) -> LinkEnd:
+        wishes: list[WireWish] = [node.wire_dtype for node in self._nodes() if node.id == stage.node]
+        return LinkEnd(stage.device.partition(":")[0], wishes[0] if wishes else "auto")
 
     async def _stop_stage(self, instance_id: str, epoch: int, node: str) -> None:
         try:

@@ -85,7 +85,6 @@ class StartStage(Struct, frozen=True, tag="stage.start"):
     end: Count
     kv_tokens: Count
     context: Count
-    wire_dtype: WireDtype
 
 
 class StageStarted(Struct, frozen=True, tag="stage.started"):
@@ -106,7 +105,7 @@ class StageProgress(Struct, frozen=True, tag="stage.progress"):
 
 
 class WireStage(Struct, frozen=True, tag="stage.wire"):
-    """Owner to member: connect your stage `index` to the next one of the ring."""
+    """Owner to member: connect your stage `index` to the next one of the ring; send it activations in `wire_dtype`."""
 
     instance: ShortText
     epoch: Count
@@ -114,6 +113,7 @@ class WireStage(Struct, frozen=True, tag="stage.wire"):
     n_stages: Count
     next_node: NodeId
     next_addresses: Addresses
+    wire_dtype: WireDtype
 
 
 class StageWired(Struct, frozen=True, tag="stage.wired"):

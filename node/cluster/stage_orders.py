@@ -26,7 +26,7 @@ from swarmd.node.cluster.messages import (
 from swarmd.node.cluster.model_exchange import ModelExchange
 from swarmd.node.models.errors import ModelFileError
 from swarmd.node.models.progress import Progress
-from swarmd.node.serving.messages import Kernels, LoadEngine
+from swarmd.node.serving.messages import Connect, Kernels, LoadEngine
 from swarmd.node.serving.stage_host import StageHost, StageKey
 from swarmd.transport.link import LinkClosed, RemoteError
 
@@ -163,7 +163,6 @@ class StageOrders:
                 kv_tokens=order.kv_tokens,
                 context=order.context,
                 threads=self._threads,
-                wire_dtype=order.wire_dtype,
                 kernels=self._kernels,
                 speculate=self._speculate and order.start == 0,
                 draft_path=str(self.draft_path) if self.draft_path is not None and order.start == 0 else "",
@@ -177,7 +176,8 @@ class StageOrders:
     async def _wire(self, order: WireStage) -> StageWired:
         assert self.host is not None
         addresses = self._reachable_first(order.next_node, order.next_addresses)
-        await self.host.connect(order.instance, order.epoch, order.index, order.n_stages, order.next_node, addresses)
+        wiring = Connect(order.n_stages, order.next_node, addresses, order.wire_dtype)
+        await self.host.connect(order.instance, order.epoch, order.index, wiring)
         return StageWired()
 
     async def _stop(self, instance: str, epoch: int) -> None:

@@ -16,8 +16,7 @@ Kernels = Literal["auto", "native", "torch"]
 """What computes on a CPU: our own kernels, plain torch, or our own where they were built and can."""
 
 WireDtype = Literal["f32", "bf16"]
-WIRE_ITEM_BYTES: dict[str, int] = {"f32": 4, "bf16": 2}
-"""Bytes per hidden value, by the name of the type in which hidden states travel."""
+"""The types in which a compute takes and gives hidden states; wire.py has those that are made of them for a link."""
 
 Logits = np.ndarray[Any, np.dtype[np.float32]]
 

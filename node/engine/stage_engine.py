@@ -6,25 +6,25 @@ import gc
 import logging
 import os
 from collections.abc import Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import msgspec
 
+from swarmd.node.engine import wire
 from swarmd.node.engine.computes import load_compute
 from swarmd.node.engine.sampling import choose
 from swarmd.node.engine.sampling_params import SamplingParams
 from swarmd.node.engine.spec import ArchSpec
 from swarmd.node.engine.stage_compute import (
-    WIRE_ITEM_BYTES,
     Kernels,
     KvExhausted,
     Span,
     StageCompute,
     StageOutput,
     StepError,
-    WireDtype,
 )
 from swarmd.node.engine.weights import ReportProgress
+from swarmd.node.engine.wire import WireDtype
 from swarmd.node.models.checkpoint import open_checkpoint
 
 __all__ = ["KvExhausted", "Sample", "SequenceChunk", "StageEngine", "StepChunk", "StepError", "StepResult"]
@@ -67,12 +67,11 @@ class Sample(msgspec.Struct, frozen=True):
 
 
 class StepResult(msgspec.Struct, frozen=True):
-    """`payload`: hidden states of all rows in the wire's type, None on the last stage; `samples`: on the last
-    stage only.
-    """
+    """`payload`: hidden states of all rows in `dtype`, None on the last stage; `samples`: on the last stage only."""
 
     payload: memoryview | None
     samples: tuple[Sample, ...]
+    dtype: WireDtype = "f32"
 
 
 class StageEngine:
@@ -166,12 +165,15 @@ class StageEngine:
         self._sampling.pop(seq, None)
         self._history.pop(seq, None)
 
-    def step(self, chunks: Sequence[StepChunk], hidden: Any, dtype: str) -> StepResult:
+    def step(
+        self, chunks: Sequence[StepChunk], hidden: Any, dtype: WireDtype, out_dtype: WireDtype | None = None
+    ) -> StepResult:
         """Append the chunks to their sequences and compute them together.
 
         A chunk that begins before its sequence's end replaces what is cached from there on. The first stage takes
         `hidden` None and embeds the tokens; the others take the hidden states of all chunks' tokens, [tokens,
-        hidden_size] row-major in `dtype` ("f32" or "bf16"), as any buffer.
+        hidden_size] row-major in `dtype`, as any buffer. What goes on to the next stage is in `out_dtype`, by default
+        the same; the result says in which (see `wire.encode`).
 
         The last stage samples after the last `sample` tokens of a chunk, one position after the other, as long as what
         it draws is the chunk's own next token (a draft that was right). Raises StepError when a chunk does not continue
@@ -184,7 +186,7 @@ class StageEngine:
             if span.start < self._compute.length(span.seq):
                 self.truncate(span.seq, span.start)
         wanted = _sampled_rows(chunks) if self.last else []
-        output = self._compute.forward(spans, hidden, cast(WireDtype, dtype), wanted)
+        output, sent_as = self._forward(spans, hidden, dtype, out_dtype or dtype, wanted)
         try:
             samples = self._samples(chunks, output) if wanted else ()
         except StepError:
@@ -193,7 +195,23 @@ class StageEngine:
             raise
         for span in spans:
             self._history[span.seq] += span.tokens
-        return StepResult(output.payload, samples)
+        return StepResult(output.payload, samples, sent_as)
+
+    def _forward(
+        self, spans: Sequence[Span], hidden: Any, dtype: WireDtype, out_dtype: WireDtype, wanted: Sequence[int]
+    ) -> tuple[StageOutput, WireDtype]:
+        """The compute takes and gives f32 or bf16, the same on both sides; all else is converted here."""
+        given = out_dtype if self.first else dtype
+        wanted_as = given if self.last else out_dtype
+        if given == wanted_as and (given == "f32" or given == "bf16"):
+            return self._compute.forward(spans, hidden, given, wanted), given
+        rows, columns = sum(len(span.tokens) for span in spans), self._spec.hidden_size
+        states = None if hidden is None else wire.decode(hidden, dtype, rows, columns)
+        output = self._compute.forward(spans, states, "f32", wanted)
+        if output.payload is None:
+            return output, out_dtype
+        sent_as, payload = wire.encode(wire.decode(output.payload, "f32", rows, columns), out_dtype)
+        return StageOutput(payload), sent_as
 
     def _checked_spans(self, chunks: Sequence[StepChunk]) -> list[Span]:
         spans: list[Span] = []
@@ -221,11 +239,11 @@ class StageEngine:
             raise StepError("a sequence stands twice in one step")
         return spans
 
-    def _check_input(self, spans: Sequence[Span], hidden: Any, dtype: str) -> None:
-        if dtype not in WIRE_ITEM_BYTES:
-            raise StepError(f"hidden states of type {dtype!r} are not understood; use {' or '.join(WIRE_ITEM_BYTES)}")
+    def _check_input(self, spans: Sequence[Span], hidden: Any, dtype: WireDtype) -> None:
+        if dtype not in wire.WIRE_DTYPES:
+            raise StepError(f"hidden states of type {dtype!r} are not understood; use {' or '.join(wire.WIRE_DTYPES)}")
         rows = sum(len(span.tokens) for span in spans)
-        expected = 0 if self.first else rows * self._spec.hidden_size * WIRE_ITEM_BYTES[dtype]
+        expected = 0 if self.first else wire.wire_bytes(dtype, rows, self._spec.hidden_size)
         given = 0 if hidden is None else memoryview(hidden).nbytes
         if given != expected:
             raise StepError(f"{given} bytes of hidden states came for {rows} tokens; {expected} are needed")

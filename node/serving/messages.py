@@ -15,7 +15,8 @@ from swarmd.discovery.records import Address, LoadRecord
 from swarmd.node.engine.sampling_params import SamplingParams
 
 Tokens = Annotated[tuple[int, ...], Meta(max_length=1 << 20)]
-WireDtype = Literal["f32", "bf16"]
+WireDtype = Literal["f32", "bf16", "f16", "q8"]
+"""How hidden states travel over a link between two stages; node/engine/wire.py has the bytes."""
 Kernels = Literal["auto", "native", "torch"]
 """What computes a stage: our own kernels, plain torch, or our kernels where they are there."""
 
@@ -36,7 +37,6 @@ class LoadEngine(Struct, frozen=True, tag="engine.load"):
     kv_tokens: int
     context: int
     threads: int
-    wire_dtype: WireDtype
     kernels: Kernels = "auto"
     speculate: bool = False
     draft_path: str = ""
@@ -60,11 +60,15 @@ class EngineProgress(Struct, frozen=True, tag="engine.progress"):
 
 
 class Connect(Struct, frozen=True, tag="engine.connect"):
-    """Daemon to its own stage process: the next stage of the ring, and how many there are; `next_node` must answer."""
+    """Daemon to its own stage process: the next stage of the ring, and how many there are; `next_node` must answer.
+
+    Hidden states go to it in `wire_dtype`.
+    """
 
     n_stages: int
     next_node: str
     next_addresses: tuple[Address, ...]
+    wire_dtype: WireDtype = "f32"
 
 
 class Connected(Struct, frozen=True, tag="engine.connected"):
@@ -130,7 +134,7 @@ class Step(Struct, frozen=True, tag="ring.step"):
     """One micro-batch. Applied in this order: `open`, `free`, then the chunks.
 
     The payload is the hidden states, [total tokens of the chunks, hidden size], row-major, in `dtype`; empty for a
-    step without chunks.
+    step without chunks. Each stage sends in the type of its own link, and says so here.
     """
 
     epoch: int

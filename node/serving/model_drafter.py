@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 from swarmd.node.engine.sampling_params import SamplingParams
 from swarmd.node.serving.draft_policy import DraftPolicy
@@ -47,7 +47,7 @@ class DraftEngine(Protocol):
 
     def open(self, seq: int, sampling: SamplingParams) -> None: ...  # noqa: D102
     def free(self, seq: int) -> None: ...  # noqa: D102
-    def step(self, chunks: Sequence[Chunk], hidden: None, dtype: str) -> DraftResult: ...  # noqa: D102
+    def step(self, chunks: Sequence[Chunk], hidden: None, dtype: Literal["f32"]) -> DraftResult: ...  # noqa: D102
 
 
 @dataclass

@@ -143,7 +143,7 @@ class RingStage:
             self._engine.open(opening.seq, opening.sampling, opening.source, opening.length)
         for seq in step.free:
             self._engine.free(seq)
-        return self._engine.step(step.chunks, hidden, self._dtype)
+        return self._engine.step(step.chunks, hidden, step.dtype, self._dtype)
 
     def _done(self, step: Step, outcome: StepResult | BaseException, clock: _Clock) -> None:
         """On the loop: a step was computed here, or could not be."""
@@ -165,7 +165,8 @@ class RingStage:
         if self._profile is not None:
             self._account(self._profile, clock)
         if not self._engine.last:
-            self._send(replace(step, times=times), result.payload if result.payload is not None else b"")
+            payload = result.payload if result.payload is not None else b""
+            self._send(replace(step, times=times, dtype=result.dtype), payload)
         else:
             choices = tuple([TokenChoice(s.seq, s.position, s.token, s.logprob, s.top) for s in result.samples])
             sampled = Sampled(self._epoch, step.step, choices, times)

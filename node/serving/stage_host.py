@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from msgspec import Struct
 
-from swarmd.discovery.records import Address, LoadRecord
+from swarmd.discovery.records import LoadRecord
 from swarmd.node.serving.messages import (
     Connect,
     EngineLoad,
@@ -131,9 +131,7 @@ class StageHost:
         assert isinstance(loaded, EngineLoaded)
         return loaded
 
-    async def connect(
-        self, instance: str, epoch: int, index: int, n_stages: int, next_node: str, addresses: tuple[Address, ...]
-    ) -> None:
+    async def connect(self, instance: str, epoch: int, index: int, wiring: Connect) -> None:
         """Have stage `index` of an instance connect to the next one. Raises RemoteError when that fails."""
         wanted = (instance, epoch, index)
         here = (c for c in self._children if (c.job.instance, c.job.epoch, c.job.index) == wanted and not c.stopping)
@@ -141,7 +139,7 @@ class StageHost:
         if child is None or not child.up.done() or child.up.cancelled():
             raise RemoteError("stale_epoch", f"this node has no stage {index} of epoch {epoch}")
         try:
-            await child.up.result().request(Connect(n_stages, next_node, addresses), timeout=CONNECT_SECONDS)
+            await child.up.result().request(wiring, timeout=CONNECT_SECONDS)
         except (LinkClosed, TimeoutError) as error:
             raise RemoteError("stage_lost", str(error)) from error
 

@@ -153,14 +153,14 @@ class StageProcess:
         except OSError as error:
             log.warning("no profile is written to SWARMD_PROFILE: %s", error)
         self._ring = RingStage(
-            engine, job.epoch, job.wire_dtype, self._compute, on_broken=self._on_broken, profile=self._profile
+            engine, job.epoch, order.wire_dtype, self._compute, on_broken=self._on_broken, profile=self._profile
         )
         if order.n_stages > 1:
             self._ring.following = await self._dial_next(order)
             await self._ring.following.request(JoinRing(job.instance, job.epoch), timeout=DIAL_SECONDS)
             self._ring_links.append(self._ring.following)
         if engine.first:
-            self._start_driver(self._ring, job, order.n_stages)
+            self._start_driver(self._ring, job, order)
         return Connected()
 
     async def _dial_next(self, order: Connect) -> Link:
@@ -182,14 +182,14 @@ class StageProcess:
         self._ring_links.append(link)
         return Connected()
 
-    def _start_driver(self, ring: RingStage, job: LoadEngine, n_stages: int) -> None:
+    def _start_driver(self, ring: RingStage, job: LoadEngine, order: Connect) -> None:
         async def run_step(step: PlannedStep) -> None:
-            ring.begin(Step(job.epoch, step.step, step.open, step.chunks, step.free, job.wire_dtype), None)
+            ring.begin(Step(job.epoch, step.step, step.open, step.chunks, step.free, order.wire_dtype), None)
 
         def make_guesses(guess: Callable[[], list[list[int]]]) -> Awaitable[list[list[int]]]:
             return asyncio.get_running_loop().run_in_executor(self._compute, guess)
 
-        limits = Limits(n_stages=n_stages, kv_tokens=job.kv_tokens, context=job.context)
+        limits = Limits(n_stages=order.n_stages, kv_tokens=job.kv_tokens, context=job.context)
         ring.driver = Driver(job.instance, limits, run_step, self._speculation, make_guesses)
         ring.driver.profile = self._profile
         self._start(ring.driver.run())

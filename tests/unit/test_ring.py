@@ -26,7 +26,7 @@ class Sample:
 
 class Result:
     def __init__(self, payload: Any, samples: tuple[Sample, ...]) -> None:
-        self.payload, self.samples = payload, samples
+        self.payload, self.samples, self.dtype = payload, samples, "bf16"
 
 
 class Engine:
@@ -45,7 +45,7 @@ class Engine:
     def free(self, seq: int) -> None:
         self.calls.append(("free", seq))
 
-    def step(self, chunks: Any, hidden: Any, dtype: str) -> Result:
+    def step(self, chunks: Any, hidden: Any, dtype: str, out_dtype: str) -> Result:
         assert self.gate.wait(10)
         if self.error is not None:
             raise self.error

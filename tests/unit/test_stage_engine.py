@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from support.tiny_gguf import TinyModel, Type, write_tiny_gguf
 
 from swarmd.node.engine.sampling_params import SamplingParams
 from swarmd.node.engine.stage_engine import Kernels, KvExhausted, Sample, SequenceChunk, StageEngine, StepError
+from swarmd.node.engine.wire import WireDtype
 from swarmd.node.models.errors import ModelFileError
 from swarmd.node.models.gguf import GGUFFile
 from swarmd.node.models.gguf_spec import spec_from_gguf
@@ -53,10 +54,10 @@ def load(path: Path, start: int = 0, end: int = MODEL.n_layers, *, kv_tokens: in
 class Pipeline:
     """The stages of one model, one after another."""
 
-    def __init__(self, path: Path, *cuts: int, dtype: str = "f32") -> None:
+    def __init__(self, path: Path, *cuts: int, dtype: WireDtype = "f32") -> None:
         edges = [0, *cuts, MODEL.n_layers]
         self.stages = [load(path, start, end) for start, end in pairwise(edges)]
-        self.dtype = dtype
+        self.dtype: WireDtype = dtype
 
     def open(self, seq: int, sampling: SamplingParams = GREEDY) -> None:
         for stage in self.stages:
@@ -247,8 +248,8 @@ def test_errors_change_nothing(path: Path) -> None:
     for chunks, says in bad:
         with pytest.raises(StepError, match=says):
             engine.step(chunks, None, "f32")
-    with pytest.raises(StepError, match="'f16'"):
-        engine.step([SequenceChunk(2, 0, (1,))], None, "f16")
+    with pytest.raises(StepError, match="'f8'"):
+        engine.step([SequenceChunk(2, 0, (1,))], None, cast(Any, "f8"))
     with pytest.raises(KvExhausted, match="needed and the stage has"):
         engine.step([SequenceChunk(1, 20, (1,)), SequenceChunk(2, 0, tuple(range(12)))], None, "f32")
     assert (engine.length(1), engine.length(2)) == (20, 0)

@@ -69,7 +69,7 @@ class OneNode:
     async def start(self, index: int, *, epoch: int = 1, owner: str = OWNER, instance: str = "i") -> StageStarted:
         manifest: Any = SimpleNamespace(name="tiny")
         device = ("cuda:0", "cpu", "cuda:7")[index]
-        order = StartStage(instance, epoch, index, manifest, device, 3 * index, 3 * index + 3, 64, 64, "f32")
+        order = StartStage(instance, epoch, index, manifest, device, 3 * index, 3 * index + 3, 64, 64)
         started = await self.orders.carry_out(owner, order)
         assert isinstance(started, StageStarted)
         return started
@@ -112,12 +112,12 @@ async def test_each_stage_has_its_process_its_device_and_its_layers(node: OneNod
 async def test_each_is_wired_by_its_index_and_reaches_the_other_over_loopback(node: OneNode):
     first, second = await node.both()
     for index, following in ((0, second), (1, first)):
-        await node.orders.carry_out(OWNER, WireStage("i", 1, index, 2, OWN, following.addresses))
+        await node.orders.carry_out(OWNER, WireStage("i", 1, index, 2, OWN, following.addresses, "f32"))
     wired = {stage.job.index: stage.next for stage in node.stages.running if stage.job is not None}
     for index, following in ((0, second), (1, first)):
         assert wired[index] == (Address("127.0.0.1", following.addresses[0].port), *following.addresses)
     with pytest.raises(RemoteError, match="no stage 2 of epoch 1"):
-        await node.orders.carry_out(OWNER, WireStage("i", 1, 2, 2, OWN, first.addresses))
+        await node.orders.carry_out(OWNER, WireStage("i", 1, 2, 2, OWN, first.addresses, "f32"))
 
 
 async def test_a_device_that_is_not_here_is_refused_in_words(node: OneNode):
