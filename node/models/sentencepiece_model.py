@@ -64,7 +64,8 @@ def sentencepiece_parts(path: Path, data: bytes, settings: FolderSettings) -> To
         unknown_id=model.unknown_id if 0 <= model.unknown_id < size else None,
         ends=(i for i in settings.eos_ids if i < size),
     )
-    encoder = careful(str(path), lambda: _encoder(model, vocabulary))
+    strip_right = frozenset(i for i, token in settings.added.items() if token.flags.get("rstrip"))
+    encoder = careful(str(path), lambda: _encoder(model, vocabulary, strip_right))
     bos = settings.add_bos is not False and vocabulary.bos_id is not None
     return TokenizerParts(
         vocabulary,
@@ -81,7 +82,7 @@ def sentencepiece_parts(path: Path, data: bytes, settings: FolderSettings) -> To
     )
 
 
-def _encoder(model: SentencePieceModel, vocabulary: Vocabulary) -> tokenizers.Tokenizer:
+def _encoder(model: SentencePieceModel, vocabulary: Vocabulary, strip_right: frozenset[int]) -> tokenizers.Tokenizer:
     build = bpe_encoder if model.kind == "BPE" else unigram_encoder
     encoder = build(vocabulary, model.scores, model.dummy_prefix)
     if model.squeeze:
@@ -91,7 +92,7 @@ def _encoder(model: SentencePieceModel, vocabulary: Vocabulary) -> tokenizers.To
     ordinary = (TokenType.NORMAL, TokenType.USER_DEFINED)
     others = [t for t, kind in zip(model.tokens, model.types, strict=True) if kind not in ordinary]
     guard_encoder(encoder, others if model.kind == "Unigram" else [])
-    add_special_tokens(encoder, vocabulary)
+    add_special_tokens(encoder, vocabulary, strip_right)
     return encoder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,25 @@ def test_user_defined_tokens_stand_alone_and_control_tokens_need_to_be_wanted(
     assert ours.encode("a<ctl>", add_special=False)[-1] == control
     assert ours.encode("a", add_special=True) == [1, *theirs.encode("a")]
     assert ours.eos_ids == {2}
+
+
+def test_the_configuration_adds_tokens_to_a_file(tmp_path: Path) -> None:
+    """Phi-3's role tokens stand behind Llama's vocabulary, and swallow the white space behind them."""
+    pieces = [*PIECES, ("▁", -1.0, 1), ("a", -2.0, 1), ("▁a", -0.5, 1)]
+    (tmp_path / "tokenizer.model").write_bytes(model_proto(pieces, 2, dummy_prefix=True))
+    size = len(pieces)
+    role = {"content": "<|user|>", "special": True, "rstrip": True}
+    config = {"added_tokens_decoder": {str(size): role, str(size + 1): {"content": "<note>"}}, "add_bos_token": False}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours = Tokenizer.from_folder(tmp_path)
+    assert ours.vocab_size == size + 2
+    assert ours.encode("<|user|>\n a<note>a", add_special=True) == [size, size - 1, size + 1, size - 1]
+    assert ours.decode([size, size - 1, size + 1]) == "a<note>"
+    assert "<|user|>" in ours.control_texts
+    assert size not in ours.encode("<|user|>", add_special=False, parse_special=False)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {str(size + 1): role}}))
+    with pytest.raises(ModelFileError, match=f"has {size} tokens.*has the id {size + 1}"):
+        Tokenizer.from_folder(tmp_path)
 
 
 @pytest.mark.parametrize(
