@@ -7,7 +7,7 @@ from __future__ import annotations
 from swarmd.node.engine.backends.base import TILE_ELEMENTS, tile_rows
 from swarmd.node.engine.cpu.bindings import TILE
 from swarmd.node.engine.spec import ArchSpec
-from swarmd.node.engine.tensors import EMBEDDING, OUTPUT_NORM, head_name, layer_prefix, tensor_shapes
+from swarmd.node.engine.tensors import EMBEDDING, OUTPUT_NORM, head_name, layer_shapes, tensor_shapes
 from swarmd.node.models.checkpoint import Checkpoint
 from swarmd.partition.costs import ModelCosts
 
@@ -17,6 +17,8 @@ SAMPLED_ROWS = 64
 """Sequences sampled in one step that the workspace provides for."""
 ATTENTION_THREADS = 16
 """Threads that the workspace provides with room for attention scores, of 8 queries each."""
+EXPERT_ROWS = 1024
+"""Rows that go through the experts that they chose at a time (kMostPairs of cpu/native/step.h)."""
 
 
 def model_costs(checkpoint: Checkpoint, *, native: bool = True) -> ModelCosts:
@@ -30,7 +32,7 @@ def model_costs(checkpoint: Checkpoint, *, native: bool = True) -> ModelCosts:
     sizes = {name: _held(checkpoint, name, shape) for name, shape in shapes.items()}
     head = sizes[head_name(spec)]
     return ModelCosts(
-        layer_bytes=tuple(_layer_bytes(sizes, layer) for layer in range(spec.n_layers)),
+        layer_bytes=tuple(sum(map(sizes.__getitem__, layer_shapes(spec, layer))) for layer in range(spec.n_layers)),
         embedding_bytes=sizes[EMBEDDING],
         head_bytes=sizes[OUTPUT_NORM] + head,
         kv_bytes_per_token=spec.n_kv_heads * (spec.head_dim + _whole_tiles(spec.head_dim)) * (2 if native else 4),
@@ -40,24 +42,55 @@ def model_costs(checkpoint: Checkpoint, *, native: bool = True) -> ModelCosts:
 
 
 def _native_workspace(spec: ArchSpec) -> int:
-    """What `swarmd_workspace` (cpu/native/stage.cpp) takes for the largest step, with the sampled logits."""
-    attended = spec.n_heads * spec.head_dim
+    """What `swarmd_workspace` (cpu/native/buffers.cpp) takes for the largest step, with the sampled logits."""
+    hidden, attended = spec.hidden_size, spec.n_heads * spec.head_dim
     qkv = attended + 2 * spec.n_kv_heads * spec.head_dim
-    most = max(spec.hidden_size, attended, spec.ffn_size)
-    # Values in fp32, two int8 codes each, and three fp32 numbers per group of 32.
-    prepared = most * (4 + 1 + 1) + most // 32 * 12
-    activations = STEP_ROWS * (4 * (spec.hidden_size + qkv + attended + 2 * spec.ffn_size + spec.head_dim) + prepared)
-    scores = ATTENTION_THREADS * 8 * 4 * (spec.context_length + spec.head_dim)
-    payloads = 2 * STEP_ROWS * spec.hidden_size * 4
-    return activations + scores + payloads + _logits(spec, 4)
+    ffn = _widest_mlp(spec)
+    most = max(hidden, attended, ffn)
+    deltas = hidden if _adds_by_way_of_deltas(spec) else 0
+    row = 4 * (hidden + deltas + qkv + attended + 2 * ffn + sum(rope.dim for rope in spec.ropes)) + _prepared(most)
+    thread = 2 * _prepared(most) + 8 * 4 * (spec.context_length + spec.head_dim)
+    payloads = 2 * STEP_ROWS * hidden * 4
+    return STEP_ROWS * row + ATTENTION_THREADS * thread + _expert_workspace(spec) + payloads + _logits(spec, 4)
+
+
+def _expert_workspace(spec: ArchSpec) -> int:
+    """Scores, choices and the shared expert's outputs of all rows; inputs, middles and outputs of some chosen ones."""
+    moe = spec.moe
+    if moe is None:
+        return 0
+    pairs = STEP_ROWS * moe.top_k
+    some = min(pairs, EXPERT_ROWS) * (_prepared(max(spec.hidden_size, moe.ffn_size)) + 8 * moe.ffn_size)
+    outputs = 4 * spec.hidden_size * (min(pairs, EXPERT_ROWS) + STEP_ROWS)
+    choices = 4 * STEP_ROWS * (moe.n_experts + 1) + 7 * 4 * pairs
+    candidates = ATTENTION_THREADS * 4 * (moe.n_experts + moe.n_groups)
+    return some + outputs + choices + candidates + 4 * (moe.n_experts + 1)
+
+
+def _prepared(columns: int) -> int:
+    """Bytes of a row of activations: values in fp32, two int8 codes each, and three fp32 numbers per group of 32."""
+    return columns * (4 + 1 + 1) + columns // 32 * 12
+
+
+def _widest_mlp(spec: ArchSpec) -> int:
+    """Beside the experts that are chosen."""
+    dense = 0 if spec.moe and all(layer.moe for layer in spec.layers) else spec.ffn_size
+    return max(dense, spec.moe.shared_ffn_size if spec.moe else 0)
+
+
+def _adds_by_way_of_deltas(spec: ArchSpec) -> bool:
+    """Whether what a block gives is kept apart before it is added to the hidden states."""
+    biased = spec.output_bias or spec.mlp_bias
+    return spec.norms != "before" or biased or spec.residual_multiplier != 1.0 or spec.moe is not None
 
 
 def _torch_workspace(spec: ArchSpec) -> int:
     """One dequantized tile (fp32 + codes), the activations of one step, and the sampled logits."""
-    columns = max(spec.hidden_size, spec.ffn_size, spec.n_heads * spec.head_dim)
+    ffn = max(_widest_mlp(spec), spec.moe.ffn_size if spec.moe else 0)
+    columns = max(spec.hidden_size, ffn, spec.n_heads * spec.head_dim)
     tile = max(TILE_ELEMENTS, tile_rows(columns) * columns) * 5
     qkv = (spec.n_heads + 2 * spec.n_kv_heads) * spec.head_dim
-    activations = STEP_ROWS * 4 * (4 * spec.hidden_size + 2 * qkv + 4 * spec.ffn_size)
+    activations = STEP_ROWS * 4 * (4 * spec.hidden_size + 2 * qkv + 4 * ffn)
     # fp32 logits twice: tiles, then joined.
     return tile + activations + _logits(spec, 2 * 4)
 
@@ -72,10 +105,6 @@ def _held(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> int:
         return shape[0] * 4
     # Our own kernels fill up a matrix's rows to whole tiles.
     return checkpoint.form(name).nbytes(_whole_tiles(shape[0]), shape[1])
-
-
-def _layer_bytes(sizes: dict[str, int], layer: int) -> int:
-    return sum(size for name, size in sizes.items() if name.startswith(layer_prefix(layer)))
 
 
 def _whole_tiles(rows: int) -> int:

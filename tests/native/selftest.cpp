@@ -2,6 +2,7 @@
 // all forms, a whole layer over a paged KV cache, summaries of logits. For machines that tests in Python do not reach: an
 // emulator of another architecture (`make neon`). Exit status 0 means that all agree and one path besides the portable one
 // was there.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -131,9 +132,10 @@ bool check_products(const char *path, SwarmdPool *pool) {
 }
 
 // One layer, two sequences: prompts, then both go on by some tokens. The hidden states of both steps.
+constexpr int kBlocks = 6;
+
 std::vector<float> run_layer(const char *path, SwarmdPool *pool, SwarmdStage stage, const std::vector<float> &x) {
   swarmd_select(path);
-  constexpr int kBlocks = 6;
   const size_t padded = (stage.head_dim + 15) / 16 * 16;
   SwarmdLayer layer = stage.layers[0];
   std::vector<uint16_t> keys(static_cast<size_t>(kBlocks) * stage.kv_heads * stage.head_dim * SWARMD_BLOCK, 0x7e00);
@@ -164,27 +166,62 @@ std::vector<float> run_layer(const char *path, SwarmdPool *pool, SwarmdStage sta
   return out;
 }
 
-bool check_layer(const char *path, SwarmdPool *pool, int head_dim, int kind) {
-  constexpr int kHeads = 6, kKvHeads = 2, kHidden = 96, kFfn = 160;
+// What a layer has beyond Llama's.
+struct Features {
+  const char *name;
+  int qk_norm, activation, window, pairs;  // pairs 0: half a head
+  float softcap;
+  bool vectors;  // biases, sinks and norms after the blocks
+  bool experts;
+};
+
+constexpr Features kFeatures[] = {
+    {"layer", SWARMD_QK_NORM_NONE, SWARMD_SILU, 0, 0, 0, false, false},
+    {"layer with a window", SWARMD_QK_NORM_HEAD, SWARMD_GELU_TANH, 7, 0, 20, true, false},
+    {"layer with experts", SWARMD_QK_NORM_FULL, SWARMD_CLAMPED_SWIGLU, 19, 3, 0, true, true},
+};
+
+bool check_layer(const char *path, SwarmdPool *pool, int head_dim, int kind, const Features &features) {
+  constexpr int kHeads = 6, kKvHeads = 2, kHidden = 96, kFfn = 160, kExperts = 5;
   const int attended = kHeads * head_dim, bits = kind == SWARMD_QUANTIZED ? 4 : 0;
-  const Weights qkv(kind, bits, true, attended + 2 * kKvHeads * head_dim, kHidden), output(kind, bits, true, kHidden, attended),
-      gate_up(kind, bits, true, 2 * kFfn, kHidden), down(kind, bits, true, kHidden, kFfn);
-  const auto norm = normals(kHidden);
+  const int qkv_rows = attended + 2 * kKvHeads * head_dim;
+  const Weights qkv(kind, bits, true, qkv_rows, kHidden), output(kind, bits, true, kHidden, attended),
+      gate_up(kind, bits, true, 2 * kFfn, kHidden), down(kind, bits, true, kHidden, kFfn),
+      router(kind, bits, true, kExperts, kHidden), shared_gate(kind, bits, true, 1, kHidden);
+  const auto vector = normals(std::max(2 * kFfn, qkv_rows));
+  const float *some = features.vectors ? vector.data() : nullptr;
   const auto frequencies = normals(head_dim / 2);
-  const SwarmdLayer layer = {norm.data(), qkv.matrix, output.matrix, norm.data(), gate_up.matrix, down.matrix, nullptr, nullptr};
+  const SwarmdMlp mlp = {{gate_up.matrix, some}, {down.matrix, some}};
+  const SwarmdMlp experts[kExperts] = {mlp, mlp, mlp, mlp, mlp};
+  const SwarmdMixture mixture = {{router.matrix, some}, some, experts, &mlp, &shared_gate.matrix};
+  const SwarmdRope rope = {frequencies.data(), features.pairs ? features.pairs : head_dim / 2, 1.25f};
+  SwarmdLayer layer = {};
+  layer.attention_norm = layer.q_norm = layer.k_norm = layer.mlp_norm = vector.data();
+  layer.sinks = layer.attention_post_norm = layer.mlp_post_norm = some;
+  layer.qkv = {qkv.matrix, some};
+  layer.attention_output = {output.matrix, some};
+  layer.mlp = mlp;
+  layer.mixture = features.experts ? &mixture : nullptr;
+  layer.window = features.window;
   SwarmdStage stage = {};
-  stage.n_layers = 1;
+  stage.n_layers = stage.n_ropes = 1;
   stage.hidden = kHidden;
   stage.heads = kHeads;
   stage.kv_heads = kKvHeads;
   stage.head_dim = head_dim;
   stage.ffn = kFfn;
   stage.kv_blocks = kBlocks;
+  stage.qk_norm = features.qk_norm;
+  stage.activation = features.activation;
   stage.eps = 1e-5f;
-  stage.frequencies = frequencies.data();
+  stage.attention_scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
+  stage.attention_softcap = features.softcap;
+  stage.embedding_multiplier = stage.residual_multiplier = stage.logit_multiplier = 1.0f;
+  if (features.experts) stage.routing = {kExperts, 3, kFfn, 1, 1, 1, 1, 1.5f};
+  stage.ropes = &rope;
   stage.layers = &layer;
   const auto x = normals(46 * kHidden);
-  return agree(std::string(path) + " layer, heads of " + std::to_string(head_dim), kOfLayer,
+  return agree(std::string(path) + ' ' + features.name + ", heads of " + std::to_string(head_dim), kOfLayer,
                run_layer(path, pool, stage, x), run_layer("portable", pool, stage, x));
 }
 
@@ -212,7 +249,8 @@ int main() {
     any = true;
     right &= check_products(path, pool);
     // Dense: a layer of them has no jumps, which a code of the activations makes when its last bit flips.
-    for (int head_dim : {6, 16, 40, 64}) right &= check_layer(path, pool, head_dim, SWARMD_F32);
+    for (const Features &features : kFeatures)
+      for (int head_dim : {6, 16, 40, 64}) right &= check_layer(path, pool, head_dim, SWARMD_F32, features);
     right &= check_summary(path);
   }
   swarmd_pool_free(pool);

@@ -5,13 +5,24 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from swarmd.node.engine.cpu.bindings import BLOCK, TILE, Batch, Layer, Stage, load
+from swarmd.node.engine.cpu.bindings import BLOCK, TILE, Batch, load
 from swarmd.node.engine.cpu.matrices import NativeMatrix, aligned
+from swarmd.node.engine.cpu.stage_structs import StageStructs
 from swarmd.node.engine.quantized import DenseWeight, Weight
+from swarmd.node.engine.spec import ArchSpec, LayerSpec
+from swarmd.node.engine.weights import (
+    AttentionWeights,
+    LayerWeights,
+    Linear,
+    MlpWeights,
+    MoeWeights,
+    Rotation,
+    StageWeights,
+)
 
 NOT_A_NUMBER = np.uint16(0x7E00)
 
@@ -56,24 +67,57 @@ def zeros(rows: int, columns: int) -> DenseWeight:
 
 @dataclass
 class LayerParts:
-    """The matrices of a layer. By default attention's and the MLP's outputs are zero: nothing is added to the input."""
+    """The weights of a layer. By default attention's and the MLP's outputs are zero: nothing is added to the input.
+
+    `vectors` are biases (named like the matrix, with "_bias"), norms, `sinks`; norms before the blocks are ones unless
+    given, or left out with `pre_norms` False. `moe` takes the MLP's place.
+    """
 
     shape: Shape
     qkv: Weight | None = None
     attention_output: Weight | None = None
     gate_up: Weight | None = None
     down: Weight | None = None
+    vectors: Mapping[str, np.ndarray] = field(default_factory=dict)
+    pre_norms: bool = True
+    moe: MoeWeights | None = None
 
-    def matrices(self) -> tuple[NativeMatrix, ...]:
-        """In the order of the C struct."""
+    def weights(self) -> LayerWeights:
+        """As the kernels keep them."""
         s = self.shape
-        chosen = (
-            self.qkv or zeros(s.qkv, s.hidden),
-            self.attention_output or zeros(s.hidden, s.attended),
-            self.gate_up or zeros(2 * s.ffn, s.hidden),
-            self.down or zeros(s.hidden, s.ffn),
+        return LayerWeights(
+            AttentionWeights(
+                norm=self._norm("attention_norm"),
+                qkv=self._linear("qkv", self.qkv or zeros(s.qkv, s.hidden)),
+                q_norm=self._vector("q_norm"),
+                k_norm=self._vector("k_norm"),
+                sinks=self._vector("sinks"),
+                output=self._linear("attention_output", self.attention_output or zeros(s.hidden, s.attended)),
+                post_norm=self._vector("attention_post_norm"),
+            ),
+            mlp_norm=self._norm("mlp_norm"),
+            mlp=self.moe
+            or MlpWeights(
+                self._linear("gate_up", self.gate_up or zeros(2 * s.ffn, s.hidden)),
+                self._linear("down", self.down or zeros(s.hidden, s.ffn)),
+            ),
+            mlp_post_norm=self._vector("mlp_post_norm"),
         )
-        return tuple(NativeMatrix([weight]) for weight in chosen)
+
+    def _norm(self, name: str) -> np.ndarray | None:
+        given = self._vector(name)
+        return np.ones(self.shape.hidden, np.float32) if given is None and self.pre_norms else given
+
+    def _linear(self, name: str, weight: Weight) -> Linear:
+        return Linear(NativeMatrix([weight]), self._vector(f"{name}_bias"))
+
+    def _vector(self, name: str) -> np.ndarray | None:
+        return vector(self.vectors[name]) if name in self.vectors else None
+
+
+def vector(values: np.ndarray) -> np.ndarray:
+    """As the kernels keep it."""
+    return np.array(values, np.float32)
 
 
 @dataclass
@@ -81,7 +125,8 @@ class NativeStage:
     """A stage of one layer (without `parts`: of none). Norm weights are ones and eps is 0 unless said otherwise.
 
     `tables` gives each sequence its KV blocks, of `n_blocks`; the pools begin filled with what is not a number, so that
-    whatever is read before it was written spoils the result.
+    whatever is read before it was written spoils the result. `layer` and `spec` say what is not Llama's; `frequencies`
+    are those of the layer's rotation, or the stage has more (`rotations`).
     """
 
     shape: Shape
@@ -94,6 +139,9 @@ class NativeStage:
     embedding: Weight | None = None
     head: Weight | None = None
     output_norm: np.ndarray | None = None
+    layer: LayerSpec = field(default_factory=LayerSpec)
+    spec: Mapping[str, Any] = field(default_factory=dict)
+    rotations: Sequence[Rotation] = ()
 
     def __post_init__(self) -> None:
         s = self.shape
@@ -102,30 +150,39 @@ class NativeStage:
         padded = -(-s.head_dim // TILE) * TILE
         self.keys = np.full((s.kv_heads, self.n_blocks, s.head_dim, BLOCK), NOT_A_NUMBER).view(np.float16)
         self.values = np.full((s.kv_heads, self.n_blocks, BLOCK, padded), NOT_A_NUMBER).view(np.float16)
-        self._ones = np.ones(s.hidden, np.float32)
-        self._angles = np.zeros(max(1, s.head_dim // 2), np.float32)
-        if self.frequencies is not None:
-            self._angles[: s.head_dim // 2] = self.frequencies
-        if self.output_norm is not None:
-            self.output_norm = self.output_norm.astype(np.float32)
-        self._matrices = self.parts.matrices() if self.parts else ()
+        if not self.rotations:
+            angles = np.zeros(s.head_dim // 2) if self.frequencies is None else self.frequencies
+            self.rotations = (Rotation(vector(angles), 1.0),)
         self._ends = [NativeMatrix([weight]) if weight else None for weight in (self.embedding, self.head)]
-        self._struct = self._stage_struct()
+        self._structs = self._stage_structs()
+        self._struct = self._structs.stage
 
     def __del__(self) -> None:
         self._library.swarmd_pool_free(self._pool)
 
-    def _stage_struct(self) -> Stage:
-        embedding, head = (None if matrix is None else ctypes.pointer(matrix.struct) for matrix in self._ends)
-        norm = self._ones.ctypes.data
-        layers = (Layer * 1)()
-        if self._matrices:
-            qkv, output, gate_up, down = (matrix.struct for matrix in self._matrices)
-            layers[0] = Layer(norm, qkv, output, norm, gate_up, down, self.keys.ctypes.data, self.values.ctypes.data)
-        last_norm = None if head is None else (norm if self.output_norm is None else self.output_norm.ctypes.data)
-        angles = self._angles.ctypes.data
-        sizes = (int(self.parts is not None), *self.shape, self.n_blocks)
-        return Stage(*sizes, self.eps, angles, layers, embedding, last_norm, head)
+    def _stage_structs(self) -> StageStructs:
+        s = self.shape
+        norm = None
+        if self.head is not None:
+            norm = vector(np.ones(s.hidden) if self.output_norm is None else self.output_norm)
+        layers = () if self.parts is None else (self.parts.weights(),)
+        weights = StageWeights(layers, self._ends[0], norm, self._ends[1], tuple(self.rotations), 0)
+        described = (self.layer,) * len(layers)
+        spec = ArchSpec(
+            architecture="of a test",
+            hidden_size=s.hidden,
+            n_heads=s.heads,
+            n_kv_heads=s.kv_heads,
+            head_dim=s.head_dim,
+            ffn_size=s.ffn,
+            vocab_size=1,
+            context_length=1 << 20,
+            rms_eps=self.eps,
+            layers=described,
+            ropes=(),
+            **self.spec,
+        )
+        return StageStructs(spec, described, weights, [self.keys] * len(layers), [self.values] * len(layers))
 
     def step(self, parts: Sequence[Part], wire: str = "f32") -> np.ndarray:
         """Hidden states of all rows, as they would travel on: float32 or, as bits of bf16, uint16 [rows, hidden]."""

@@ -9,7 +9,7 @@ from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-ABI = 2
+ABI = 4
 TILE = 16
 """Rows of a matrix that are packed together."""
 GROUP = 32
@@ -45,18 +45,70 @@ class Matrix(Structure):
     _fields_ = (("rows", c_int32), ("columns", c_int32), ("count", c_int32), ("segments", POINTER(Segment)))
 
 
+class NativeLinear(Structure):
+    """SwarmdLinear."""
+
+    _fields_ = (("matrix", Matrix), ("bias", c_void_p))
+
+
+class NativeMlp(Structure):
+    """SwarmdMlp."""
+
+    _fields_ = (("gate_up", NativeLinear), ("down", NativeLinear))
+
+
+class NativeMixture(Structure):
+    """SwarmdMixture."""
+
+    _fields_ = (
+        ("router", NativeLinear),
+        ("selection_bias", c_void_p),
+        ("experts", POINTER(NativeMlp)),
+        ("shared", POINTER(NativeMlp)),
+        ("shared_gate", POINTER(Matrix)),
+    )
+
+
 class Layer(Structure):
     """SwarmdLayer."""
 
     _fields_ = (
         ("attention_norm", c_void_p),
-        ("qkv", Matrix),
-        ("attention_output", Matrix),
+        ("q_norm", c_void_p),
+        ("k_norm", c_void_p),
+        ("sinks", c_void_p),
+        ("attention_post_norm", c_void_p),
+        ("qkv", NativeLinear),
+        ("attention_output", NativeLinear),
         ("mlp_norm", c_void_p),
-        ("gate_up", Matrix),
-        ("down", Matrix),
+        ("mlp_post_norm", c_void_p),
+        ("mlp", NativeMlp),
+        ("mixture", POINTER(NativeMixture)),
         ("keys", c_void_p),
         ("values", c_void_p),
+        ("window", c_int32),
+        ("rope", c_int32),
+    )
+
+
+class NativeRope(Structure):
+    """SwarmdRope."""
+
+    _fields_ = (("frequencies", c_void_p), ("pairs", c_int32), ("magnitude", c_float))
+
+
+class Routing(Structure):
+    """SwarmdRouting."""
+
+    _fields_ = (
+        ("experts", c_int32),
+        ("top_k", c_int32),
+        ("ffn", c_int32),
+        ("sigmoid", c_int32),
+        ("normalize", c_int32),
+        ("groups", c_int32),
+        ("top_groups", c_int32),
+        ("scale", c_float),
     )
 
 
@@ -71,8 +123,18 @@ class Stage(Structure):
         ("head_dim", c_int32),
         ("ffn", c_int32),
         ("kv_blocks", c_int32),
+        ("qk_norm", c_int32),
+        ("activation", c_int32),
+        ("n_ropes", c_int32),
         ("eps", c_float),
-        ("frequencies", c_void_p),
+        ("attention_scale", c_float),
+        ("attention_softcap", c_float),
+        ("logit_softcap", c_float),
+        ("embedding_multiplier", c_float),
+        ("residual_multiplier", c_float),
+        ("logit_multiplier", c_float),
+        ("routing", Routing),
+        ("ropes", POINTER(NativeRope)),
         ("layers", POINTER(Layer)),
         ("embedding", POINTER(Matrix)),
         ("output_norm", c_void_p),

@@ -10,14 +10,15 @@ from typing import Any, cast
 
 import numpy as np
 
-from swarmd.node.engine.cpu.bindings import BLOCK, GROUP, TILE, Batch, Layer, Stage, Summary, load
+from swarmd.node.engine.cpu.bindings import BLOCK, GROUP, TILE, Batch, Summary, load
 from swarmd.node.engine.cpu.block_table import BlockTable
 from swarmd.node.engine.cpu.matrices import NativeMatrix, aligned
+from swarmd.node.engine.cpu.stage_structs import StageStructs
 from swarmd.node.engine.quantized import Array, Weight
-from swarmd.node.engine.spec import ArchSpec, LayerSpec
+from swarmd.node.engine.spec import ArchSpec, MoeSpec
 from swarmd.node.engine.stage_compute import RowSummary, Span, StageOutput, WireDtype
 from swarmd.node.engine.tensors import tensor_shapes
-from swarmd.node.engine.weights import LayerWeights, MlpWeights, ReportProgress, StageWeights, load_stage_weights
+from swarmd.node.engine.weights import MlpWeights, ReportProgress, StageWeights, load_stage_weights
 from swarmd.node.models.checkpoint import Checkpoint
 
 WIRES: dict[str, tuple[int, type[np.generic]]] = {"f32": (0, np.float32), "bf16": (1, np.uint16)}
@@ -54,12 +55,11 @@ class NativeCompute:
         self.name = f"native-{self._library.swarmd_isa().decode()}"
         self.weight_bytes = weights.nbytes
         self._spec = spec
-        self._weights = weights
         self._table = BlockTable(-(-kv_tokens // BLOCK))
         self._keys = self._pool(end - start, spec.head_dim, BLOCK)
         self._values = self._pool(end - start, BLOCK, -(-spec.head_dim // TILE) * TILE)
-        self._layers = (Layer * (end - start))(*map(self._layer, weights.layers, self._keys, self._values))
-        self._stage = self._stage_struct()
+        self._structs = StageStructs(spec, spec.layers[start:end], weights, self._keys, self._values)
+        self._stage = self._structs.stage
         self._workspace = aligned(0)
         self._room = (0, 0, 0)
         self._logits = np.empty((0, spec.vocab_size), np.float32)
@@ -169,7 +169,11 @@ class NativeCompute:
         self._room = (max(rows, had_rows), max(wanted, had_wanted), ahead)
         # The old one goes first: only one of them counts against the memory that was planned for.
         self._workspace = aligned(0)
-        self._workspace = aligned(self._library.swarmd_workspace(self._threads, ctypes.byref(self._stage), *self._room))
+        self._workspace = aligned(self.workspace_bytes(*self._room))
+
+    def workspace_bytes(self, rows: int, wanted: int, context: int) -> int:
+        """Bytes for steps of at most `rows` rows, `wanted` of them sampled, in sequences of up to `context` tokens."""
+        return self._library.swarmd_workspace(self._threads, ctypes.byref(self._stage), rows, wanted, context)
 
     def _summaries(self, rows: int) -> list[RowSummary]:
         found = (Summary * rows)()
@@ -181,67 +185,27 @@ class NativeCompute:
         shape = (self._spec.n_kv_heads, self._table.n_blocks, *of_head)
         return [np.zeros(shape, np.float16) for _ in range(n_layers)]
 
-    def _layer(self, layer: LayerWeights, keys: Array, values: Array) -> Layer:
-        assert isinstance(layer.mlp, MlpWeights)
-        return Layer(
-            _data(layer.attention.norm),
-            layer.attention.qkv.matrix.struct,
-            layer.attention.output.matrix.struct,
-            _data(layer.mlp_norm),
-            layer.mlp.gate_up.matrix.struct,
-            layer.mlp.down.matrix.struct,
-            keys.ctypes.data,
-            values.ctypes.data,
-        )
-
-    def _stage_struct(self) -> Stage:
-        spec, weights = self._spec, self._weights
-        return Stage(
-            len(self._layers),
-            spec.hidden_size,
-            spec.n_heads,
-            spec.n_kv_heads,
-            spec.head_dim,
-            spec.ffn_size,
-            self._table.n_blocks,
-            spec.rms_eps,
-            weights.rotations[0].frequencies.ctypes.data,
-            self._layers,
-            None if weights.embedding is None else ctypes.pointer(weights.embedding.struct),
-            _data(weights.output_norm),
-            None if weights.head is None else ctypes.pointer(weights.head.struct),
-        )
-
 
 def why_not(checkpoint: Checkpoint, start: int, end: int) -> str:
     """Why the kernels cannot compute layers [start, end) of a model, or "". Raises ModelFileError."""
     spec = checkpoint.spec
-    plain = ArchSpec(
-        architecture=spec.architecture,
-        hidden_size=spec.hidden_size,
-        n_heads=spec.n_heads,
-        n_kv_heads=spec.n_kv_heads,
-        head_dim=spec.head_dim,
-        ffn_size=spec.ffn_size,
-        vocab_size=spec.vocab_size,
-        context_length=spec.context_length,
-        rms_eps=spec.rms_eps,
-        layers=(LayerSpec(),) * spec.n_layers,
-        ropes=spec.ropes,
-        tied_embeddings=spec.tied_embeddings,
-    )
-    if spec != plain or any(rope.dim != spec.head_dim for rope in spec.ropes):
-        return f"{spec.architecture} models need more than they do"
+    if spec.moe is not None and not _routable(spec.moe):
+        moe = spec.moe
+        return f"{moe.top_k} of {moe.n_experts} experts in {moe.top_groups} of {moe.n_groups} groups cannot be chosen"
     for name, shape in tensor_shapes(spec, start, end).items():
         form = checkpoint.form(name)
         scales = form.group_size == GROUP and {form.scale, form.bias} <= {"", "f16"}
         if len(shape) == 2 and form.float_type is None and not scales:
             return f"tensor {name!r} has groups of {form.group_size} with scales of {form.scale}"
+        if len(shape) == 2 and form.float_type is None and shape[1] % GROUP:
+            return f"tensor {name!r} is quantized and has {shape[1]} columns, which is no multiple of {GROUP}"
     return ""
 
 
-def _data(vector: Array | None) -> int | None:
-    return None if vector is None else vector.ctypes.data
+def _routable(moe: MoeSpec) -> bool:
+    """Whether there is what the kernels choose from: they check nothing."""
+    groups = 0 < moe.top_groups <= moe.n_groups and moe.n_experts % moe.n_groups == 0
+    return groups and 0 < moe.top_k <= moe.n_experts
 
 
 def _address(values: array[int]) -> int:

@@ -20,11 +20,33 @@ struct Activations {
   int groups() const { return columns / kGroup; }
 };
 
+// Rows [first, first + count) of activations.
+inline Activations some_rows(Activations x, int first, int count) {
+  const size_t values = static_cast<size_t>(first) * x.columns, groups = static_cast<size_t>(first) * x.groups();
+  x.rows = count;
+  x.values += values;
+  x.scale += groups;
+  x.fine_scale += groups;
+  x.sum += groups;
+  x.fine_codes += values;
+  if (x.codes) x.codes += values;
+  return x;
+}
+
 // Where a product goes: y[row * stride + output], added to what is there or stored.
 struct Target {
   float *y;
   size_t stride;
   bool add;
+};
+
+// Which heads a layer has, and what becomes of a row's queries and keys before they meet.
+struct Heads {
+  int heads, kv_heads, head_dim;
+  int qk_norm;  // SwarmdQkNorm
+  float eps;
+  const float *bias, *q_norm, *k_norm;  // of qkv, or null; the norms' weights
+  int pairs;                            // rotated ones
 };
 
 // Queries [first, last) of one sequence's rows on one KV head. `qkv` is [rows, (heads + 2 * kv_heads) * head_dim].
@@ -36,6 +58,9 @@ struct Attention {
   int first_row, first, last;  // rows of the sequence begin at first_row; the queries are first_row + [first, last)
   int start;                   // position of the sequence's first row
   int heads, kv_heads, head_dim, kv_head;
+  float scale, softcap;  // scores are softcap(q k * scale); a cap of 0 is none
+  int window;            // positions that a query sees, itself included; 0: all
+  const float *sinks;    // [heads], or null
   const uint16_t *keys, *values;  // the KV head's pools
   const int32_t *blocks;
   float *scores, *queries;  // scratch: [kMostQueries, scores_stride], [kMostQueries, head_dim]
@@ -48,14 +73,18 @@ struct Kernels {
   const char *name;
   // Row `row` of the activations: `x` normed by `weight`; or, when that is null, only quantized from what stands there.
   void (*prepare)(const float *x, const float *weight, float eps, const Activations &out, int row);
-  // silu(gate) * up of one row [2 * columns] into row `row` of the activations.
-  void (*gate)(const float *gate_up, const Activations &out, int row);
+  // The activation (SwarmdActivation) of one row [2 * columns], plus `bias` unless null, into row `row` of the activations.
+  void (*gate)(const float *gate_up, const float *bias, int activation, const Activations &out, int row);
+  // x += factor * (y + bias), normed by `norm`; both may be null. `y` may be overwritten.
+  void (*add)(float *x, float *y, const float *bias, const float *norm, float eps, float factor, int n);
+  // x = softcap(x * factor); a cap of 0 is none.
+  void (*scale)(float *x, float factor, float cap, int n);
   // The outputs of tiles [begin, end) of a segment for all rows of the activations; `y` begins at the segment's rows.
   void (*product)(const SwarmdSegment &segment, int begin, int end, const Activations &x, const Target &target);
-  // Rotates the query and key heads of one row of qkv in place, and stores its keys and values at `offset` of a block.
-  // `keys` and `values` are the first head's; the other heads' blocks lie kv_blocks further on.
-  void (*rotate_and_store)(float *qkv, int heads, int kv_heads, int head_dim, size_t kv_blocks, const float *cos,
-                           const float *sin, uint16_t *keys, uint16_t *values, int offset);
+  // Adds the bias to one row of qkv, norms and rotates its queries and keys in place, and stores its keys and values at
+  // `offset` of a block. `keys` and `values` are the first head's; the other heads' blocks lie kv_blocks further on.
+  void (*ready_heads)(const Heads &heads, float *qkv, const float *cos, const float *sin, size_t kv_blocks, uint16_t *keys,
+                      uint16_t *values, int offset);
   void (*attend)(const Attention &task);
   void (*rows)(const SwarmdSegment &segment, int row, float *out);
   void (*to_wire)(const float *x, size_t count, uint16_t *bf16);

@@ -5,4 +5,5 @@
 #include "attention.inl"
 #include "unpacked_rows.inl"
 
-static const Kernels table = {kName, prepare, gate, product, rotate_and_store, attend, rows, to_wire, from_wire, summarize};
+static const Kernels table = {kName,  prepare, gate, add_to, scale_and_cap, product, ready_heads,
+                              attend, rows,    to_wire, from_wire, summarize};

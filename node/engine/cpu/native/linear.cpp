@@ -20,22 +20,28 @@ Activations take_activations(Arena &arena, int rows, int columns) {
   return out;
 }
 
-void multiply(Team &team, const SwarmdMatrix &matrix, const Activations &x, float *y, size_t stride, bool add) {
-  constexpr int kPiecesPerThread = 6;
+int tiles_of(const SwarmdMatrix &matrix) {
   int total = 0;
   for (int i = 0; i < matrix.count; i++) total += tiles_of(matrix.segments[i]);
-  const int piece = std::max(1, total / (team.threads() * kPiecesPerThread));
-  for (int begin = team.take(piece); begin < total; begin = team.take(piece)) {
-    const int end = std::min(begin + piece, total);
-    int first_tile = 0, first_row = 0;
-    for (int i = 0; i < matrix.count; i++) {
-      const SwarmdSegment &segment = matrix.segments[i];
-      const int count = tiles_of(segment), from = std::max(begin - first_tile, 0), to = std::min(end - first_tile, count);
-      if (from < to) kernels().product(segment, from, to, x, {y + first_row, stride, add});
-      first_tile += count;
-      first_row += segment.rows;
-    }
+  return total;
+}
+
+void multiply_tiles(const SwarmdMatrix &matrix, int begin, int end, const Activations &x, const Target &target) {
+  int first_tile = 0, first_row = 0;
+  for (int i = 0; i < matrix.count; i++) {
+    const SwarmdSegment &segment = matrix.segments[i];
+    const int count = tiles_of(segment), from = std::max(begin - first_tile, 0), to = std::min(end - first_tile, count);
+    if (from < to) kernels().product(segment, from, to, x, {target.y + first_row, target.stride, target.add});
+    first_tile += count;
+    first_row += segment.rows;
   }
+}
+
+void multiply(Team &team, const SwarmdMatrix &matrix, const Activations &x, float *y, size_t stride, bool add) {
+  constexpr int kPiecesPerThread = 6;
+  const int total = tiles_of(matrix), piece = std::max(1, total / (team.threads() * kPiecesPerThread));
+  for (int begin = team.take(piece); begin < total; begin = team.take(piece))
+    multiply_tiles(matrix, begin, std::min(begin + piece, total), x, {y, stride, add});
 }
 
 bool any_quantized(const SwarmdMatrix &matrix) {

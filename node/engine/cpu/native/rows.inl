@@ -50,34 +50,106 @@ static inline void keep(const float *x, const Activations &out, int row) {
   }
 }
 
+// 1 / sqrt(mean(x^2) + eps) (Zhang and Sennrich 2019, arXiv:1910.07467).
+static inline float norm_factor(const float *x, int n, float eps) {
+  const int whole = n / kLanes * kLanes;
+  Floats squares = zero();
+  for (int i = 0; i < whole; i += kLanes) squares = fma(load(x + i), load(x + i), squares);
+  float sum = sum_of(squares);
+  for (int i = whole; i < n; i++) sum += x[i] * x[i];
+  return 1.0f / __builtin_sqrtf(sum / static_cast<float>(n) + eps);
+}
+
+// y = x * factor * weight; y may be x.
+static inline void weigh(const float *x, float factor, const float *weight, int n, float *y) {
+  const int whole = n / kLanes * kLanes;
+  for (int i = 0; i < whole; i += kLanes) store(y + i, mul(mul(load(x + i), set1(factor)), load(weight + i)));
+  for (int i = whole; i < n; i++) y[i] = x[i] * factor * weight[i];
+}
+
+static inline void add_vector(float *x, const float *y, int n) {
+  const int whole = n / kLanes * kLanes;
+  for (int i = 0; i < whole; i += kLanes) store(x + i, add(load(x + i), load(y + i)));
+  for (int i = whole; i < n; i++) x[i] += y[i];
+}
+
 static float *values_of(const Activations &out, int row) {
   return out.values + static_cast<size_t>(row) * out.columns;
 }
 
-// x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019, arXiv:1910.07467). Without a weight the values are where
-// they belong already.
+// RMS norm. Without a weight the values are where they belong already.
 static void prepare(const float *x, const float *weight, float eps, const Activations &out, int row) {
   float *y = values_of(out, row);
-  const int n = out.columns, whole = n / kLanes * kLanes;
-  if (weight) {
-    Floats squares = zero();
-    for (int i = 0; i < whole; i += kLanes) squares = fma(load(x + i), load(x + i), squares);
-    float mean = sum_of(squares);
-    for (int i = whole; i < n; i++) mean += x[i] * x[i];
-    const float factor = 1.0f / __builtin_sqrtf(mean / static_cast<float>(n) + eps);
-    for (int i = 0; i < whole; i += kLanes) store(y + i, mul(mul(load(x + i), set1(factor)), load(weight + i)));
-    for (int i = whole; i < n; i++) y[i] = x[i] * factor * weight[i];
-  }
+  if (weight) weigh(x, norm_factor(x, out.columns, eps), weight, out.columns, y);
   keep(y, out, row);
 }
 
-// silu(gate) * up (Shazeer 2020, arXiv:2002.05202); gate_up is gate and up side by side.
-static void gate(const float *gate_up, const Activations &out, int row) {
+static void add_to(float *x, float *y, const float *bias, const float *norm, float eps, float factor, int n) {
+  if (bias) add_vector(y, bias, n);
+  if (norm) weigh(y, norm_factor(y, n, eps), norm, n, y);
+  const int whole = n / kLanes * kLanes;
+  for (int i = 0; i < whole; i += kLanes) store(x + i, fma(load(y + i), set1(factor), load(x + i)));
+  for (int i = whole; i < n; i++) x[i] += y[i] * factor;
+}
+
+static void scale_and_cap(float *x, float factor, float cap, int n) {
+  const int whole = n / kLanes * kLanes;
+  for (int i = 0; i < whole; i += kLanes) {
+    const Floats scaled = mul(load(x + i), set1(factor));
+    store(x + i, cap > 0 ? soft_capped(scaled, cap) : scaled);
+  }
+  for (int i = whole; i < n; i++) {
+    x[i] *= factor;
+    if (cap > 0) x[i] = cap * __builtin_tanhf(x[i] / cap);
+  }
+}
+
+// gpt-oss' activation: g sigmoid(1.702 g) (u + 1), g cut at 7 and u at 7 and -7.
+static inline Floats clamped_swiglu(Floats gate, Floats up) {
+  const Floats most = set1(7.0f), g = min(gate, most), u = max(min(up, most), set1(-7.0f));
+  return mul(mul(g, sigmoid(mul(g, set1(1.702f)))), add(u, set1(1.0f)));
+}
+
+template <int ACTIVATION>
+static inline Floats activated(Floats gate, Floats up) {
+  if constexpr (ACTIVATION == SWARMD_SILU) return mul(silu(gate), up);
+  if constexpr (ACTIVATION == SWARMD_GELU_TANH) return mul(gelu_tanh(gate), up);
+  return clamped_swiglu(gate, up);
+}
+
+template <int ACTIVATION, bool BIASED>
+static void gate_row(const float *gate_up, const float *bias, int n, float *y) {
+  const int whole = n / kLanes * kLanes;
+  for (int i = 0; i < whole; i += kLanes) {
+    Floats g = load(gate_up + i), u = load(gate_up + n + i);
+    if constexpr (BIASED) {
+      g = add(g, load(bias + i));
+      u = add(u, load(bias + n + i));
+    }
+    store(y + i, activated<ACTIVATION>(g, u));
+  }
+  for (int i = whole; i < n; i++) {
+    const float g = gate_up[i] + (BIASED ? bias[i] : 0.0f), u = gate_up[n + i] + (BIASED ? bias[n + i] : 0.0f);
+    float lanes[kLanes];
+    store(lanes, activated<ACTIVATION>(set1(g), set1(u)));
+    y[i] = lanes[0];
+  }
+}
+
+template <int ACTIVATION>
+static void gate_row(const float *gate_up, const float *bias, int n, float *y) {
+  if (bias) return gate_row<ACTIVATION, true>(gate_up, bias, n, y);
+  gate_row<ACTIVATION, false>(gate_up, bias, n, y);
+}
+
+// `gate_up` is gate and up side by side (Shazeer 2020, arXiv:2002.05202).
+static void gate(const float *gate_up, const float *bias, int activation, const Activations &out, int row) {
   float *y = values_of(out, row);
-  const int n = out.columns, whole = n / kLanes * kLanes;
-  const float *up = gate_up + n;
-  for (int i = 0; i < whole; i += kLanes) store(y + i, mul(silu(load(gate_up + i)), load(up + i)));
-  for (int i = whole; i < n; i++) y[i] = gate_up[i] / (1.0f + __builtin_expf(-gate_up[i])) * up[i];
+  switch (activation) {
+    case SWARMD_SILU: gate_row<SWARMD_SILU>(gate_up, bias, out.columns, y); break;
+    case SWARMD_GELU_TANH: gate_row<SWARMD_GELU_TANH>(gate_up, bias, out.columns, y); break;
+    case SWARMD_CLAMPED_SWIGLU: gate_row<SWARMD_CLAMPED_SWIGLU>(gate_up, bias, out.columns, y); break;
+  }
   keep(y, out, row);
 }
 

@@ -30,6 +30,10 @@ Activations take_activations(Arena &arena, int rows, int columns);
 // This thread's share of y = x * W^T (or y += ...); the others do theirs. No barrier.
 void multiply(Team &team, const SwarmdMatrix &matrix, const Activations &x, float *y, size_t stride, bool add);
 
+int tiles_of(const SwarmdMatrix &matrix);
+// Tiles [begin, end) of that product, counted over all segments.
+void multiply_tiles(const SwarmdMatrix &matrix, int begin, int end, const Activations &x, const Target &target);
+
 // Whether any segment wants its activations quantized.
 bool any_quantized(const SwarmdMatrix &matrix);
 

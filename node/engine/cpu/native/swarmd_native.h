@@ -9,7 +9,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define SWARMD_ABI 2
+#define SWARMD_ABI 4
 #define SWARMD_TILE 16  /* rows of a matrix that are packed together */
 #define SWARMD_GROUP 32 /* columns that share a scale, of weights and of activations */
 #define SWARMD_BLOCK 16 /* tokens in one block of the KV cache */
@@ -40,22 +40,66 @@ struct SwarmdMatrix {
   const SwarmdSegment *segments;
 };
 
-/* One decoder layer with its KV pools, fp16: keys [kv head, block, head_dim, 16], values [kv head, block, 16,
- * head_dim rounded up to 16]. A sequence's blocks mostly follow each other, so attention reads a head's straight on. */
-struct SwarmdLayer {
-  const float *attention_norm;
-  SwarmdMatrix qkv, attention_output;
-  const float *mlp_norm;
-  SwarmdMatrix gate_up, down;
-  uint16_t *keys, *values;
+/* A matrix and what is added to its products: `bias` [rows], or NULL. */
+struct SwarmdLinear {
+  SwarmdMatrix matrix;
+  const float *bias;
 };
 
-/* A stage, whose KV pools have `kv_blocks` blocks; `embedding` is there on the first one only, `output_norm` and `head` on the last one only. `frequencies`
- * are the rotary ones, radians per position, [head_dim / 2]. */
+/* A gated MLP: `gate_up` is gate stacked on up, each of down's columns. */
+struct SwarmdMlp {
+  SwarmdLinear gate_up, down;
+};
+
+/* A mixture of experts, all of one size; which run is said by SwarmdRouting. `selection_bias` [experts], `shared` (an
+ * expert that always runs) and `shared_gate` [1, hidden] (weighs it by a sigmoid) may be NULL. */
+struct SwarmdMixture {
+  SwarmdLinear router;
+  const float *selection_bias;
+  const SwarmdMlp *experts, *shared;
+  const SwarmdMatrix *shared_gate;
+};
+
+/* One decoder layer with its KV pools, fp16: keys [kv head, block, head_dim, 16], values [kv head, block, 16,
+ * head_dim rounded up to 16]. A sequence's blocks mostly follow each other, so attention reads a head's straight on.
+ * Norm weights are NULL where the layer has none; `sinks` [heads] likewise. `mixture` is NULL, or there instead of `mlp`.
+ * `window`: positions that a query sees, itself included, 0 for all; `rope`: which of the stage's, -1 for none. */
+struct SwarmdLayer {
+  const float *attention_norm, *q_norm, *k_norm, *sinks, *attention_post_norm;
+  SwarmdLinear qkv, attention_output;
+  const float *mlp_norm, *mlp_post_norm;
+  SwarmdMlp mlp;
+  const SwarmdMixture *mixture;
+  uint16_t *keys, *values;
+  int32_t window, rope;
+};
+
+enum SwarmdQkNorm { SWARMD_QK_NORM_NONE = 0, SWARMD_QK_NORM_HEAD = 1, SWARMD_QK_NORM_FULL = 2 };
+enum SwarmdActivation { SWARMD_SILU = 0, SWARMD_GELU_TANH = 1, SWARMD_CLAMPED_SWIGLU = 2 };
+
+/* A rotary embedding of the first 2 * pairs dimensions of a head: radians per position [pairs], and a factor of cos, sin. */
+struct SwarmdRope {
+  const float *frequencies;
+  int32_t pairs;
+  float magnitude;
+};
+
+/* How experts are chosen and weighed (MoeSpec in node/engine/spec.py). top_k <= experts, top_groups <= groups, and groups
+ * divide experts. `ffn` is the experts' width; experts == 0: no layer has any. */
+struct SwarmdRouting {
+  int32_t experts, top_k, ffn, sigmoid, normalize, groups, top_groups;
+  float scale;
+};
+
+/* A stage, whose KV pools have `kv_blocks` blocks; `embedding` is there on the first one only, `output_norm` and `head` on
+ * the last one only. `ffn` is the widest MLP beside the experts. Soft caps of 0 are none. */
 struct SwarmdStage {
   int32_t n_layers, hidden, heads, kv_heads, head_dim, ffn, kv_blocks;
-  float eps;
-  const float *frequencies;
+  int32_t qk_norm, activation, n_ropes;
+  float eps, attention_scale, attention_softcap, logit_softcap;
+  float embedding_multiplier, residual_multiplier, logit_multiplier;
+  SwarmdRouting routing;
+  const SwarmdRope *ropes;
   const SwarmdLayer *layers;
   const SwarmdMatrix *embedding;
   const float *output_norm;

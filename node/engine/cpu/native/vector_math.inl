@@ -32,5 +32,21 @@ static inline Floats exponential(Floats x) {
   return zero_below(x, set1(-87.0f), mul(p, power_of_two(n)));
 }
 
+// 1 / (1 + e^-x).
+static inline Floats sigmoid(Floats x) { return div(set1(1.0f), add(set1(1.0f), exponential(sub(zero(), x)))); }
+
 // x / (1 + e^-x) (Elfwing et al. 2017, arXiv:1702.03118).
 static inline Floats silu(Floats x) { return div(x, add(set1(1.0f), exponential(sub(zero(), x)))); }
+
+// x / 2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) (Hendrycks and Gimpel 2016, arXiv:1606.08415), as
+// (1 + tanh(y)) / 2 = 1 / (1 + e^-2y).
+static inline Floats gelu_tanh(Floats x) {
+  const Floats y = fma(mul(mul(x, x), x), set1(0.044715f), x);
+  return div(x, add(set1(1.0f), exponential(mul(y, set1(-1.5957691216f)))));
+}
+
+// cap tanh(x / cap), to about 2 u of the cap.
+static inline Floats soft_capped(Floats x, float cap) {
+  const Floats e = exponential(mul(x, set1(2.0f / cap)));
+  return mul(set1(cap), sub(set1(1.0f), div(set1(2.0f), add(e, set1(1.0f)))));
+}
