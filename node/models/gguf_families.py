@@ -59,6 +59,9 @@ FAMILIES: dict[str, Family] = {
     "qwen3moe": Family(qk_norm="head"),
     "phi3": Family(window_period=1),
     "olmo2": Family(norms="after", qk_norm="full", window_period=4, local_rope=True),
+    "olmoe": Family(qk_norm="full", normalize=False),
+    "seed_oss": Family(biases=("qkv",), pre_mlp_norm="post_attention_norm"),
+    "gemma": Family(activation="gelu_tanh", scaled_embedding=True),
     "gemma2": Family(
         norms="both",
         activation="gelu_tanh",

@@ -25,11 +25,14 @@ ARCHITECTURES = {
     "qwen2_moe": "qwen2moe",
     "qwen3": "qwen3",
     "qwen3_moe": "qwen3moe",
+    "gemma": "gemma",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
     "phi3": "phi3",
     "olmo2": "olmo2",
     "olmo3": "olmo2",
+    "olmoe": "olmoe",
+    "seed_oss": "seed_oss",
     "granite": "granite",
     "granitemoe": "granitemoe",
     "granitemoeshared": "granitemoe",
@@ -47,14 +50,15 @@ def write_gguf_of(
     path: Path,
     *,
     architecture: str = "",
-    type_of: Callable[[str, np.ndarray], gguf.GGMLQuantizationType] | None = None,
+    kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    raw_of: Callable[[np.ndarray], tuple[gguf.GGMLQuantizationType, np.ndarray]] | None = None,
     metadata: Mapping[str, Any] | None = None,
     **writer_options: Any,
 ) -> Path:
     """Write `model` with a tokenizer of bytes. Returns `path`.
 
-    `type_of` chooses tensor types (default: F32); `metadata` adds or overrides keys, None removes one; `writer_options`
-    go to `GGUFWriter`.
+    Matrices are quantized to `kind`, or `raw_of` gives their type and bytes. `metadata` adds or overrides keys, None
+    removes one; `writer_options` go to `GGUFWriter`.
     """
     name = architecture or ARCHITECTURES[model.config.model_type]
     keys = {"general.name": "Tiny", **_keys(model.config, name), **byte_level_metadata(), **(metadata or {})}
@@ -62,9 +66,13 @@ def write_gguf_of(
     for key, value in keys.items():
         _add(writer, key, value)
     for tensor, values in gguf_tensors(model, name):
-        chosen = type_of(tensor, values) if type_of else gguf.GGMLQuantizationType.F32
-        kind = gguf.GGMLQuantizationType.F32 if values.ndim == 1 or tensor.endswith(".bias") else chosen
-        writer.add_tensor(tensor, gguf.quantize(np.ascontiguousarray(values), kind), raw_dtype=kind)
+        if values.ndim == 1 or tensor.endswith(".bias"):
+            writer.add_tensor(tensor, np.ascontiguousarray(values, np.float32))
+        elif raw_of is not None:
+            raw_kind, data = raw_of(values)
+            writer.add_tensor(tensor, data.reshape(*values.shape[:-1], -1), raw_dtype=raw_kind)
+        else:
+            writer.add_tensor(tensor, gguf.quantize(np.ascontiguousarray(values), kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -170,7 +178,7 @@ def _keys(config: Any, architecture: str) -> dict[str, Any]:
             config, "shared_expert_intermediate_size", getattr(config, "shared_intermediate_size", None)
         ),
     }
-    if architecture != "gemma2":
+    if architecture not in ("gemma", "gemma2"):
         keys["rope.freq_base"] = float(rope["rope_theta"])
     if architecture not in ("granite", "granitemoe", "phi3") and getattr(config, "head_dim", None):
         keys |= {"attention.key_length": config.head_dim, "attention.value_length": config.head_dim}
@@ -206,7 +214,7 @@ def _own_keys(config: Any, architecture: str, rope: Mapping[str, Any]) -> dict[s
     if architecture == "olmo2" and config.model_type == "olmo3":
         pattern = [kind == "sliding_attention" for kind in config.layer_types]
         return {"attention.sliding_window": config.sliding_window, "attention.sliding_window_pattern": pattern}
-    if architecture.startswith("gemma"):
+    if architecture in ("gemma2", "gemma3"):
         local = config.rope_parameters.get("sliding_attention", {}) if architecture == "gemma3" else {}
         return {
             "attention.sliding_window": config.sliding_window,

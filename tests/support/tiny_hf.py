@@ -89,6 +89,9 @@ CASES: dict[str, Callable[[], hf.PreTrainedModel]] = {
     "qwen2moe": _case(hf.Qwen2MoeConfig, hf.Qwen2MoeForCausalLM, **EXPERTS, shared_expert_intermediate_size=128),
     "qwen3": _case(hf.Qwen3Config, hf.Qwen3ForCausalLM, head_dim=32),
     "qwen3moe": _case(hf.Qwen3MoeConfig, hf.Qwen3MoeForCausalLM, **EXPERTS, head_dim=32, norm_topk_prob=True),
+    "olmoe": _case(hf.OlmoeConfig, hf.OlmoeForCausalLM, num_experts=6, num_experts_per_tok=2),
+    "seed_oss": _case(hf.SeedOssConfig, hf.SeedOssForCausalLM, head_dim=32),
+    "gemma": _case(hf.GemmaConfig, hf.GemmaForCausalLM, head_dim=32),
     "gemma2": _case(hf.Gemma2Config, hf.Gemma2ForCausalLM, head_dim=32, query_pre_attn_scalar=32, sliding_window=16),
     "gemma3": _case(
         hf.Gemma3TextConfig,

@@ -8,18 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.decoding import decoder_logits
 from support.gguf_from_hf import write_gguf_of
 from support.tiny_hf import CASES
 from transformers import PreTrainedModel
 
-from swarmd.node.engine.backends.base import RowSpan
-from swarmd.node.engine.backends.torch_cpu import TorchCpuBackend
-from swarmd.node.engine.decoder import Decoder
-from swarmd.node.engine.kv_cache import KvCache
 from swarmd.node.engine.rope import rope_table
 from swarmd.node.engine.spec import ArchSpec, FactorsScaling
 from swarmd.node.engine.tensors import ROPE_FACTORS, tensor_shapes
-from swarmd.node.engine.weights import load_stage_weights
 from swarmd.node.models.checkpoint import Checkpoint, open_checkpoint
 
 TOKENS = 40
@@ -98,17 +94,6 @@ def test_logits_are_those_of_transformers(converted: tuple[PreTrainedModel, Chec
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-4)
 
 
-def decoder_logits(checkpoint: Checkpoint, tokens: list[int]) -> torch.Tensor:
-    spec, backend = checkpoint.spec, TorchCpuBackend()
-    weights = load_stage_weights(checkpoint, 0, spec.n_layers, backend, context=len(tokens))
-    decoder = Decoder(spec, 0, weights, backend)
-    cache = KvCache(backend, spec.n_layers, spec.n_kv_heads, spec.head_dim, len(tokens) + 16)
-    cache.open(0)
-    cache.reserve({0: len(tokens)})
-    x = decoder.forward(decoder.embed(tokens), [RowSpan(0, len(tokens), 0)], [cache.layers(0)])
-    return torch.from_numpy(decoder.head(x))
-
-
 def _check_experts(spec: ArchSpec, config: Any) -> None:
     experts = getattr(config, "num_local_experts", getattr(config, "num_experts", None))
     if spec.moe is None:
@@ -122,7 +107,7 @@ def _check_experts(spec: ArchSpec, config: Any) -> None:
 
 def _embedding_multiplier(model: PreTrainedModel) -> float:
     scale = getattr(model.model.embed_tokens, "scalar_embed_scale", None)
-    if model.config.model_type == "gemma2":
+    if model.config.model_type in ("gemma", "gemma2"):
         return model.config.hidden_size**0.5
     return getattr(model.config, "embedding_multiplier", 1.0) if scale is None else scale
 
@@ -139,7 +124,7 @@ def canonical_state(model: PreTrainedModel) -> dict[str, np.ndarray]:
 
 def _canonical(name: str, values: np.ndarray, config: Any) -> Iterator[tuple[str, np.ndarray]]:
     kind = config.model_type
-    if not kind.startswith(("gemma", "olmo")):
+    if kind not in ("gemma2", "gemma3_text", "olmo2", "olmo3"):
         name = name.replace(".post_attention_layernorm.", ".pre_feedforward_layernorm.")
     if kind.startswith("gemma") and name.endswith("norm.weight"):
         values = values + 1

@@ -118,7 +118,7 @@ def test_experts_with_gate_and_up_in_one(mixtral: Path, tmp_path: Path) -> None:
 )
 def test_parts_of_quantized_tensors_are_cut_between_blocks(case: str, kind: Type, tmp_path: Path) -> None:
     model = CASES[case]()
-    path = write_gguf_of(model, tmp_path / "q.gguf", type_of=lambda name, values: kind)
+    path = write_gguf_of(model, tmp_path / "q.gguf", kind=kind)
     plain = all_values(write_gguf_of(model, tmp_path / "f.gguf"))
     with open_checkpoint(path) as checkpoint:
         checkpoint.check(0, checkpoint.spec.n_layers)

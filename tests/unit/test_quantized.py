@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.gguf_blocks import random_blocks
 
 from swarmd.node.engine import gguf_blocks
 from swarmd.node.engine.gguf_blocks import MXFP4_NAN, QUANTIZED_FORMS, form_of_type, from_gguf
@@ -18,30 +19,6 @@ from swarmd.node.models.gguf import GGUF_BLOCK, GGUFType
 
 QUANTIZED = tuple(QUANTIZED_FORMS)
 DENSE = (GGUFType.F32, GGUFType.F16, GGUFType.BF16)
-
-
-FLOATS_AT = {
-    **dict.fromkeys((GGUFType.Q4_1, GGUFType.Q5_1, GGUFType.Q4_K, GGUFType.Q5_K), (0, 2)),
-    GGUFType.Q2_K: (80, 82),
-    GGUFType.Q3_K: (108,),
-    GGUFType.Q6_K: (208,),
-    GGUFType.MXFP4: (),
-}
-"""Where a block has its fp16 numbers; at its start if not said otherwise (ggml-common.h)."""
-
-
-def random_blocks(kind: GGUFType, rows: int, columns: int, seed: int = 0) -> np.ndarray:
-    """Random bytes, so that every code occurs, with finite fp16 scales of all magnitudes and both signs."""
-    random = np.random.default_rng(seed)
-    elements, nbytes = GGUF_BLOCK[kind]
-    blocks = random.integers(0, 256, (rows, columns // elements, nbytes), dtype=np.uint8)
-    for start in FLOATS_AT.get(kind, (0,)):
-        numbers = random.integers(0, 0x7C00, (*blocks.shape[:2], 1), dtype=np.uint16)
-        numbers |= random.integers(0, 2, numbers.shape, dtype=np.uint16) << 15
-        blocks[..., start : start + 2] = numbers.view(np.uint8)
-    if kind is GGUFType.MXFP4:
-        blocks[..., 0] = random.integers(0, MXFP4_NAN, blocks.shape[:2])
-    return blocks.reshape(-1)
 
 
 @pytest.mark.parametrize("kind", QUANTIZED)
