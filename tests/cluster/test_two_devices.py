@@ -19,7 +19,7 @@ from swarmd.discovery.records import Address
 from swarmd.node.data_dir import DataDir
 from swarmd.node.engine.computes import require_backend
 from swarmd.node.engine.sampling_params import SamplingParams
-from swarmd.node.serving.messages import DATA_MESSAGES, Generate, LoadEngine, Token
+from swarmd.node.serving.messages import DATA_MESSAGES, Connect, Generate, LoadEngine, Token
 from swarmd.node.serving.stage_host import StageHost
 from swarmd.transport.endpoint import Endpoint
 from swarmd.transport.identity import issue_credentials, save_credentials
@@ -70,13 +70,14 @@ class Daemon:
     async def serve(self, model: Path, instance: str, *cuts: int) -> int:
         """Bring up one stage between each two cuts, and wire them; the driver's port."""
         jobs = [
-            LoadEngine(instance, 1, str(model), False, start, end, 256, 256, 1, "f32", index=index)
+            LoadEngine(instance, 1, str(model), False, start, end, 256, 256, 1, index=index)
             for index, (start, end) in enumerate(itertools.pairwise(cuts))
         ]
         loaded = await asyncio.gather(*map(self.host.start, jobs))
         for index in range(len(jobs)):
             following = Address(HERE, loaded[(index + 1) % len(jobs)].port)
-            await self.host.connect(instance, 1, index, len(jobs), self.credentials.node_id, (following,))
+            wiring = Connect(len(jobs), self.credentials.node_id, (following,), "f32")
+            await self.host.connect(instance, 1, index, wiring)
         return loaded[0].port
 
     async def generate(self, instance: str, port: int) -> list[int]:
