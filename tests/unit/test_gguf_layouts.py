@@ -225,6 +225,7 @@ def test_long_rope_factors_are_part_of_the_head(tmp_path: Path) -> None:
     [
         (lambda t: {n: v for n, v in t.items() if n != "blk.2.attn_v.bias"}, r"lacks tensor 'blk\.2\.attn_v\.bias'"),
         (lambda t: {**t, "blk.1.attn_q_norm.weight": t["output_norm.weight"]}, r"'blk\.1\.attn_q_norm\.weight'"),
+        (lambda t: {**t, "blk.4.attn_norm.weight": t["output_norm.weight"]}, r"'blk\.4\.attn_norm\.weight', which"),
         (lambda t: {**t, "output.bias": t["output_norm.weight"]}, r"'output\.bias', which llama models are not"),
         (lambda t: {**t, "blk.1.ffn_up.weight": t["blk.1.ffn_up.weight"][:-1]}, r"shape \(95, 64\); .*\(96, 64\)"),
         (lambda t: {**t, "blk.1.attn_q.weight": t["blk.1.attn_q.weight"][None]}, None),
