@@ -66,11 +66,16 @@ class Checkpoint(Protocol):
 
 
 def open_checkpoint(path: str | os.PathLike[str], *, sparse: bool = False) -> Checkpoint:
-    """Open the model at `path`: a GGUF file.
+    """Open the model at `path`: a GGUF file, or a folder of safetensors.
 
     `sparse` says that files have their full length but only some tensors' bytes. Raises ModelFileError for anything
     that is not a complete, well-formed model of a kind that is supported.
     """
+    path = Path(path)
+    if path.is_dir():
+        from swarmd.node.models.hf_checkpoint import HFCheckpoint
+
+        return HFCheckpoint.open(path, sparse=sparse)
     from swarmd.node.models.gguf_checkpoint import GGUFCheckpoint
 
-    return GGUFCheckpoint.open(Path(path), sparse=sparse)
+    return GGUFCheckpoint.open(path, sparse=sparse)
