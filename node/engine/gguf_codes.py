@@ -147,10 +147,14 @@ def _iq4_xs(b: Array) -> Parts:
 
 
 def _mxfp4(b: Array) -> Parts:
-    """Half of the power of two 2**(e - 127), as bf16 bits: the levels are doubled (`ggml_e8m0_to_fp32_half`)."""
-    exponent = b[..., 0].astype(np.uint16)
+    return Parts(_flat(_bits(b[..., 1:], 4, 16)), half_powers(b[..., 0]))
+
+
+def half_powers(exponents: Array) -> Array:
+    """Half of the powers of two 2**(e - 127), as bf16 bits: MXFP4's levels are doubled (`ggml_e8m0_to_fp32_half`)."""
+    exponent = exponents.astype(np.uint16)
     half = np.where(exponent < 2, np.uint16(0x20) << exponent, (exponent - np.uint16(1)) << np.uint16(7))
-    return Parts(_flat(_bits(b[..., 1:], 4, 16)), half.astype(np.uint16))
+    return half.astype(np.uint16)
 
 
 TAKE_APART: dict[GGUFType, Callable[[Array], Parts]] = {

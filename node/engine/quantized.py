@@ -28,6 +28,13 @@ def bf16_to_f32(bits: Array) -> Array:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
+def f32_to_bf16(values: Array) -> Array:
+    """float32 -> uint16 holding bf16 bits, rounded to nearest even; NaN stays NaN."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = ((bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
 @dataclass(frozen=True)
 class Scales:
     """One number per (row, group): `values[r, g]`, times `supers[r, g // (groups / supers per row)]` if there are any.

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from swarmd.node.engine.quantized import bf16_to_f32
+from swarmd.node.engine.quantized import bf16_to_f32, f32_to_bf16
 
 WireDtype = Literal["f32", "bf16", "f16", "q8"]
 WIRE_DTYPES: tuple[WireDtype, ...] = ("f32", "bf16", "f16", "q8")
@@ -39,7 +39,7 @@ def encode(x: Hidden, dtype: WireDtype) -> tuple[WireDtype, memoryview]:
     if dtype == "f32":
         out: np.ndarray[Any, Any] = np.ascontiguousarray(x)
     elif dtype == "bf16":
-        out = _to_bf16(x)
+        out = f32_to_bf16(x)
     elif dtype == "f16":
         out = x.astype("<f2")
     else:
@@ -56,13 +56,6 @@ def decode(data: Any, dtype: WireDtype, rows: int, columns: int) -> Hidden:
     if dtype == "f16":
         return np.frombuffer(data, "<f2").reshape(rows, columns).astype(np.float32)
     return bf16_to_f32(np.frombuffer(data, "<u2")).reshape(rows, columns)
-
-
-def _to_bf16(x: Hidden) -> np.ndarray[Any, Any]:
-    """Rounded by adding half of what is cut off, less one unless what stays is odd; NaN stays NaN."""
-    bits = np.ascontiguousarray(x).view(np.uint32)
-    rounded = ((bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16).astype(np.uint16)
-    return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
 
 
 def _blocks(columns: int) -> int:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from swarmd.node.engine.quantized import DenseWeight, FloatType, Weight, WeightForm
+from swarmd.node.engine.quantized import Array, DenseWeight, FloatType, Weight, WeightForm
 from swarmd.node.models.errors import ModelFileError
 from swarmd.node.models.hf_names import Source
 from swarmd.node.models.safetensors_file import StoredTensor
@@ -67,11 +67,23 @@ class PlainPacking:
     def read(self, source: Source, files: TensorFiles) -> Weight:
         """See `Packing`."""
         kind = _float_type(files.info(source.tensor))
-        rows = slice(source.first, source.first + source.rows * source.step, source.step)
-        if not source.experts and source.step == 1 and not source.transposed:
-            return DenseWeight(files.read(source.tensor, rows.start, rows.stop), kind)
+        if not source.transposed:
+            return DenseWeight(rows_of(source, source.tensor, files), kind)
         values = files.read(source.tensor, source.expert, source.expert + 1)[0]
-        return DenseWeight(np.ascontiguousarray((values.T if source.transposed else values)[rows]), kind)
+        return DenseWeight(np.ascontiguousarray(values.T[_chosen(source)]), kind)
+
+
+def rows_of(source: Source, tensor: str, files: TensorFiles) -> Array:
+    """The source's rows, of its expert, of a tensor whose rows are those of the matrix: a fresh, contiguous array."""
+    rows = _chosen(source)
+    if not source.experts and source.step == 1:
+        return files.read(tensor, rows.start, rows.stop)
+    values = files.read(tensor, source.expert, source.expert + 1)[0] if source.experts else files.read(tensor)
+    return np.ascontiguousarray(values[rows])
+
+
+def _chosen(source: Source) -> slice:
+    return slice(source.first, source.first + source.rows * source.step, source.step)
 
 
 def _float_type(info: StoredTensor) -> FloatType:
