@@ -67,9 +67,11 @@ class Daemon:
         self._leaving = False
         self._mdns: MdnsDiscovery | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._build()
+        self._build_stages()
+        self._build_instances()
+        self._build_links()
 
-    def _build(self) -> None:
+    def _build_stages(self) -> None:
         settings = self.settings
         self.exchange = ModelExchange(self.store, lambda: self.mesh)
         self.orders = StageOrders(
@@ -92,6 +94,9 @@ class Daemon:
             on_load=self._refresh,
         )
         self.orders.host = self.host
+
+    def _build_instances(self) -> None:
+        settings = self.settings
         self.instances = Instances(
             self.node_id,
             self.nodes,
@@ -110,6 +115,8 @@ class Daemon:
             progress=self.progress.report,
         )
         self._own = OwnRecord(self._gather)
+
+    def _build_links(self) -> None:
         router = LinkRouter(self.node_id, self.host, self.orders, self.exchange, self.instances)
         self.endpoint = Endpoint(self._credentials, Vocabulary(DAEMON_MESSAGES), router, hello=self._hello)
         self.mesh = Mesh(self.endpoint, self.swarm_tag, lambda: self._own.current, self._on_members)
