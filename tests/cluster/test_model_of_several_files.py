@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.model_folders import write_llama_folder
 from support.split_gguf import split_gguf
-from support.swarm import Node
-from support.three_nodes import STORY, three_nodes
+from support.swarm import Node, join
+from support.three_nodes import STORY, split_model, three_nodes
+from support.tiny_gguf import TinyModel
 
 from swarmd.node.models.layout import layout_of
 
@@ -49,3 +51,32 @@ def test_nodes_without_the_files_have_fetched_those_of_their_layers(nodes: list[
         # The last stage has the head too, which is tied to the embedding: 17 of 98 MB.
         assert share / 2 < taken / whole.size < share + 0.4
     assert not list((nodes[0].data_dir / "models" / "partial").glob("*.chunks")), "who has them copies nothing"
+
+
+FOLDER_OPTIONS = ("--memory", "200MB", "--threads", "1", "--model", "none", "--split")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of 10 MB in three files of safetensors."""
+    model = TinyModel(n_layers=4, hidden_size=256, ffn_size=512, vocab_size=703)
+    return write_llama_folder(tmp_path_factory.mktemp("folder") / "Tiny-Llama", model, shards=3)
+
+
+def test_a_folder_of_safetensors_is_served_by_a_node_that_has_nothing_of_it(folder: Path, tmp_path: Path) -> None:
+    with Node(tmp_path / "alone", *FOLDER_OPTIONS, "--no-mdns") as alone:
+        split_model([alone], folder)
+        wanted = alone.answer("the then there", max_tokens=24, model="Tiny-Llama")
+    assert len(wanted.tokens) > 8
+    with Node(tmp_path / "a", *FOLDER_OPTIONS) as first, join(first.token(), tmp_path / "b", *FOLDER_OPTIONS) as second:
+        split_model([first, second], folder)
+        for node in (first, second):
+            assert node.answer("the then there", max_tokens=24, model="Tiny-Llama") == wanted
+        [instance] = second.get("/api/swarm")["instances"]
+        [stage] = [stage for stage in instance["stages"] if stage["node"] == second.id]
+        assert 0 < stage["end"] - stage["start"] < 4
+    whole = layout_of(folder)
+    [fetched] = [path for path in (tmp_path / "b" / "models" / "partial").iterdir() if path.is_dir()]
+    taken = sum(path.stat().st_blocks * 512 for path in fetched.iterdir())
+    assert taken < 0.9 * whole.size, "some chunks were never asked for"
+    assert (fetched / "config.json").read_bytes() == (folder / "config.json").read_bytes()

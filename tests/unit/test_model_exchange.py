@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 from msgspec import Struct
+from support.model_folders import write_llama_folder
 from support.model_peers import ignore
 from support.split_gguf import split_gguf
 from support.tiny_gguf import TinyModel, write_tiny_gguf
@@ -54,9 +55,11 @@ def mesh_of(links: list[LinkTo], model: ModelSummary) -> Callable[[], Mesh]:
     return lambda: cast(Mesh, mesh)
 
 
-@pytest.fixture(scope="module", params=["one file", "split"])
+@pytest.fixture(scope="module", params=["one file", "split", "folder"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
+    if request.param == "folder":
+        return write_llama_folder(folder / "tiny", MODEL, shards=3)
     path = write_tiny_gguf(folder / "tiny.gguf", MODEL)
     return path if request.param == "one file" else split_gguf(path, folder / "split", 3)[1]
 
