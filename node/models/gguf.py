@@ -21,6 +21,7 @@ import numpy as np
 from swarmd.node.models.errors import ModelFileError
 from swarmd.node.models.gguf_header import MAX_HEADER_BYTES, HeaderCursor, read_metadata
 from swarmd.node.models.gguf_types import GGUF_BLOCK, GGUFType
+from swarmd.node.models.holes import has_hole
 
 __all__ = ["GGUF_BLOCK", "GGUFFile", "GGUFType", "ModelFileError", "TensorInfo"]
 
@@ -31,8 +32,6 @@ MAX_ALIGNMENT = 1 << 20
 MAX_TENSORS = 1 << 16
 MAX_DIMENSIONS = 4
 MAX_NAME_BYTES = 256
-FETCH_UNIT = 1 << 20
-"""Sparse files are filled in pieces of so many bytes."""
 MIN_TENSOR_INFO_BYTES = 8 + 1 + 4 + 8 + 4 + 8
 """The smallest entry of the tensor table: name length, one character, dimensions, one size, type and offset.
 """
@@ -114,7 +113,7 @@ class GGUFFile:
             raise ModelFileError(
                 f"{self.path.name} has no tensor {name!r}; it is incomplete or of another kind of model"
             )
-        if self.sparse and self._has_hole(info.offset, info.nbytes):
+        if self.sparse and has_hole(self._descriptor, info.offset, info.nbytes):
             raise ModelFileError(
                 f"the bytes of tensor {name!r} of {self.path.name} were never fetched; fetch them first"
             )
@@ -210,27 +209,3 @@ class GGUFFile:
                 f"(it ends inside or before tensor {ordered[-1].name!r}); download it again"
             )
         return placed
-
-    def _has_hole(self, offset: int, nbytes: int) -> bool:
-        """Whether bytes of the range were never written, as far as the file system says.
-
-        Blocks at the range's edges may hold a neighbour's bytes, and a compressing file system may keep a run of
-        zeros as a hole: so a hole counts when it is as large as a unit of fetching, or as the range inside its edges.
-        """
-        end = offset + nbytes
-        enough = min(FETCH_UNIT, max(1, nbytes - 2 * mmap.PAGESIZE))
-        position = offset
-        while position < end:
-            try:
-                hole = os.lseek(self._descriptor, position, os.SEEK_HOLE)
-            except OSError:
-                return False  # this file system cannot say
-            if hole >= end:
-                return False
-            try:
-                position = os.lseek(self._descriptor, hole, os.SEEK_DATA)
-            except OSError:
-                position = end  # ENXIO: no data from here to the end of the file
-            if min(position, end) - hole >= enough:
-                return True
-        return False
