@@ -110,6 +110,8 @@ class Hardware:
         if CPU in limits and self._plain_torch:
             limits[CPU] //= 2
         self._devices = {device.id: _Device(device, limits[device.id]) for device in chosen}
+        told = (f"{device.id} ({device.name}), {format_bytes(limits[device.id])} for models" for device in chosen)
+        log.info("devices: %s", "; ".join(told))
 
     def take(self, count: int, what: str) -> None:
         """Keep `count` bytes of the main memory for `what`. Raises MemoryError, in plain words, when there is less."""

@@ -9,31 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
-from collections.abc import Callable
 
 import torch
 
-MEASURE_SECONDS = 0.5
+from swarmd.node.engine.rates import best_rate
+
 # Larger than the caches of common CPUs, so that memory is what is measured.
 READ_BYTES = 256 << 20
 PRODUCT_SIZE = 1024
-
-
-def best_rate(work: Callable[[], object], amount: float, seconds: float = MEASURE_SECONDS) -> float:
-    """`amount` per second at the fastest of the repetitions that fit in `seconds` (at least two).
-
-    The fastest, because everything that disturbs a measurement makes it slower.
-    """
-    work()
-    best, until = float("inf"), time.perf_counter() + seconds
-    rounds = 0
-    while rounds < 2 or time.perf_counter() < until:
-        start = time.perf_counter()
-        work()
-        best = min(best, time.perf_counter() - start)
-        rounds += 1
-    return amount / best
 
 
 def memory_bandwidth() -> float:

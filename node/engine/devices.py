@@ -15,8 +15,8 @@ from typing import Any, TypedDict
 
 import psutil
 
-from swarmd.node.engine.calibrate import best_rate
 from swarmd.node.engine.computes import require_backend
+from swarmd.node.engine.rates import best_rate
 
 # Larger than any accelerator's caches; less where memory is short.
 READ_BYTES = 1 << 30
@@ -98,6 +98,7 @@ def _mlx(extra: str) -> Any:
 
 
 FINDERS: dict[str, Callable[[], list[Found]]] = {"cuda": find_cuda, "metal": find_metal, "mlx": find_mlx}
+FIRST_IDS = {"cuda": "cuda:0", "metal": "metal", "mlx": "mlx-cpu"}
 
 
 def look(kinds: list[str]) -> dict[str, Any]:
@@ -106,9 +107,8 @@ def look(kinds: list[str]) -> dict[str, Any]:
     missing: dict[str, str] = {}
     for kind in kinds:
         try:
+            require_backend(FIRST_IDS[kind])  # first, because importing a library takes seconds
             found = FINDERS[kind]()
-            for device in found:
-                require_backend(device["id"])
         except (Unusable, ValueError) as error:
             missing[kind] = str(error)
         except Exception as error:  # a driver's or library's own trouble costs its devices, no more

@@ -175,6 +175,15 @@ def test_when_a_node_is_lost_the_others_take_its_layers_at_once(make):
     assert owned.record.reason == "1 of 2 stages lost their node"
 
 
+def test_a_device_that_its_node_no_longer_has_is_a_loss():
+    gpu = Capacity(A, "cuda:0", 40 * MB, "a (cuda:0)", accelerator=True)
+    owned = ready([*capacities(a=30), gpu])
+    assert [(s.node, s.device) for s in owned.record.stages] == [(A, "cuda:0"), (A, "cpu")]
+    [start] = owned.consider(capacities(a=30, b=40), 5)
+    assert isinstance(start, StartStages)
+    assert [(s.node, s.device) for s in owned.record.stages] == [(B, "cpu"), (A, "cpu")]
+
+
 def test_when_the_others_cannot_hold_the_model_their_stages_end_and_it_waits():
     owned = ready()
     assert owned.consider(capacities(a=40), 5) == [StopStages(1, (A, B))]

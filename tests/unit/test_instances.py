@@ -1,0 +1,93 @@
+"""What an owner counts on each device, and the orders that it gives for a plan with several stages on one node."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+from msgspec import Struct
+
+from swarmd.discovery.records import (
+    Address,
+    DeviceRecord,
+    InstanceRecord,
+    InstanceState,
+    ModelSummary,
+    NodeRecord,
+    StageRecord,
+)
+from swarmd.node.cluster.instances import Instances
+from swarmd.node.cluster.messages import StageProgress, StageStarted, StageWired, StartStage, WireStage
+from swarmd.partition.costs import ModelCosts
+from swarmd.partition.plan import Promise
+
+MB = 1_000_000
+A, B = "a" * 64, "b" * 64
+MODEL = ModelSummary("tiny", "0" * 64, 90 * MB, 8192, "llama")
+OTHER = ModelSummary("other", "1" * 64, 30 * MB, 8192, "llama")
+COSTS = ModelCosts((10 * MB,) * 9, 0, 0, 0, 0)
+
+
+def device(name: str, megabytes: int) -> DeviceRecord:
+    kind = name.partition(":")[0]
+    return DeviceRecord(name, kind, f"a {kind}", 999 * MB, 999 * MB, megabytes * MB, 1e9, 1e9)
+
+
+def node(node_id: str, *devices: DeviceRecord, instances: tuple[InstanceRecord, ...] = ()) -> NodeRecord:
+    return NodeRecord(node_id, f"node-{node_id[0]}", "1", 1, devices=devices, instances=instances)
+
+
+class Swarm:
+    """The owner A among these nodes; every order is noted and answered."""
+
+    def __init__(self, *nodes: NodeRecord) -> None:
+        self.orders: list[tuple[str, Struct]] = []
+        self.instances = Instances(A, lambda: list(nodes), self.order, self.changed, wire_dtype="f32", split=False)
+        self.ready = asyncio.Event()
+
+    def changed(self) -> None:
+        if any(record.state is InstanceState.READY for record in self.instances.owned):
+            self.ready.set()
+
+    async def order(self, to: str, order: Struct, seconds: float | None) -> Struct:
+        self.orders.append((to, order))
+        if isinstance(order, StartStage):
+            return StageStarted((Address("192.0.2.1", 7000 + order.index),), 1)
+        return StageWired()
+
+    async def run(self) -> InstanceRecord:
+        manifest: Any = SimpleNamespace()
+        self.instances.own(MODEL, COSTS, [Promise(64, 64)], manifest)
+        async with asyncio.timeout(10):
+            await self.ready.wait()
+        [record] = self.instances.owned
+        return record
+
+
+async def test_each_stage_is_ordered_with_its_device_and_wired_by_its_index():
+    swarm = Swarm(node(A, device("cuda:0", 50), device("cpu", 40)))
+    record = await swarm.run()
+    assert [(s.node, s.device, s.start, s.end) for s in record.stages] == [(A, "cuda:0", 0, 5), (A, "cpu", 5, 9)]
+    starts = [order for _, order in swarm.orders if isinstance(order, StartStage)]
+    assert [(o.index, o.device, o.start, o.end) for o in starts] == [(0, "cuda:0", 0, 5), (1, "cpu", 5, 9)]
+    wires = [order for _, order in swarm.orders if isinstance(order, WireStage)]
+    assert [(o.index, o.next_node, o.next_addresses[0].port) for o in wires] == [(0, A, 7001), (1, A, 7000)]
+    assert record.explanation[0].startswith("node-a (cuda:0): layers 0 to 4")
+    swarm.instances.on_report(A, StageProgress(record.id, record.epoch, 1, 5, 10))
+    swarm.instances.on_report(B, StageProgress(record.id, record.epoch, 0, 7, 10))
+    assert swarm.instances.owned[0].done_bytes == 5, "who does not hold a stage has no say"
+    await swarm.instances.close()
+
+
+async def test_what_another_instance_holds_is_taken_from_its_device_alone():
+    """The GPU would be the first choice, but not with another model in it."""
+    held = StageRecord(A, "cuda:0", 0, 3, 30 * MB)
+    other = InstanceRecord("other-1", OTHER, InstanceState.READY, 1, stages=(held,))
+    swarm = Swarm(node(A, device("cuda:0", 110), device("cpu", 95)), node(B, instances=(other,)))
+    record = await swarm.run()
+    assert [(stage.node, stage.device) for stage in record.stages] == [(A, "cpu")]
+    await swarm.instances.close()
+    free = Swarm(node(A, device("cuda:0", 110), device("cpu", 120)), node(B))
+    assert [stage.device for stage in (await free.run()).stages] == ["cuda:0"], "an accelerator before a larger CPU"
+    await free.instances.close()
