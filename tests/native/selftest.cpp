@@ -131,7 +131,7 @@ bool check_products(const char *path, SwarmdPool *pool) {
   return right;
 }
 
-// One layer, two sequences: prompts, then both go on by some tokens. The hidden states of both steps.
+// One layer, two sequences: prompts, then both go on by some tokens, then by one each. The hidden states of all steps.
 constexpr int kBlocks = 6;
 
 std::vector<float> run_layer(const char *path, SwarmdPool *pool, SwarmdStage stage, const std::vector<float> &x) {
@@ -144,9 +144,9 @@ std::vector<float> run_layer(const char *path, SwarmdPool *pool, SwarmdStage sta
   layer.values = values.data();
   stage.layers = &layer;
   const int32_t first_block[] = {0, 3, 6}, blocks[] = {4, 0, 2, 5, 1, 3};
-  const int32_t first_rows[][3] = {{0, 29, 40}, {0, 1, 6}}, starts[][2] = {{0, 0}, {29, 11}};
+  const int32_t first_rows[][3] = {{0, 29, 40}, {0, 1, 6}, {0, 1, 2}}, starts[][2] = {{0, 0}, {29, 11}, {30, 16}};
   std::vector<float> out;
-  for (int step = 0; step < 2; step++) {
+  for (int step = 0, first = 0; step < 3; first += first_rows[step++][2]) {
     const int rows = first_rows[step][2];
     std::vector<float> result(static_cast<size_t>(rows) * stage.hidden);
     SwarmdBatch batch = {};
@@ -156,7 +156,7 @@ std::vector<float> run_layer(const char *path, SwarmdPool *pool, SwarmdStage sta
     batch.start = starts[step];
     batch.first_block = first_block;
     batch.blocks = blocks;
-    batch.hidden = x.data() + (step ? 40 * stage.hidden : 0);
+    batch.hidden = x.data() + first * stage.hidden;
     batch.wire = SWARMD_WIRE_F32;
     batch.out = result.data();
     std::vector<char> workspace(swarmd_workspace(pool, &stage, rows, 0, 48) + 64);
@@ -220,7 +220,7 @@ bool check_layer(const char *path, SwarmdPool *pool, int head_dim, int kind, con
   if (features.experts) stage.routing = {kExperts, 3, kFfn, 1, 1, 1, 1, 1.5f};
   stage.ropes = &rope;
   stage.layers = &layer;
-  const auto x = normals(46 * kHidden);
+  const auto x = normals(48 * kHidden);
   return agree(std::string(path) + ' ' + features.name + ", heads of " + std::to_string(head_dim), kOfLayer,
                run_layer(path, pool, stage, x), run_layer("portable", pool, stage, x));
 }

@@ -227,6 +227,18 @@ def test_a_row_has_the_same_bits_alone_and_in_company(spec: ArchSpec, bits: int 
         assert (apart.view(np.uint32) == whole.view(np.uint32)).all()
 
 
+def test_more_rows_than_go_through_the_experts_at_a_time() -> None:
+    """1760 pairs of a row and an expert in one step, cut at 1024; and the same rows in pieces, by two threads."""
+    spec = replace(MOE, moe=moe(n_experts=16, top_k=8, shared_ffn_size=32))
+    checkpoint, sequences = MemoryCheckpoint(spec), [tokens_of(spec, 5, 110), tokens_of(spec, 6, 110)]
+    plain = DecoderCompute.load(checkpoint, 0, spec.n_layers, HalfCacheBackend(), kv_tokens=512, context=128)
+    whole = rows_of([native(checkpoint, threads=2)], sequences, [[110], [110]])
+    pieces = rows_of([native(checkpoint, threads=2)], sequences, [[1, 60, 110], [1, 50, 110]])
+    for found, again, expected in zip(whole, pieces, rows_of([plain], sequences, [[110], [110]]), strict=True):
+        assert np.abs(found - expected).max() <= OF_RANGE * (expected.max() - expected.min())
+        assert (found.view(np.uint32) == again.view(np.uint32)).all()
+
+
 def _widths(spec: ArchSpec) -> list[int]:
     mlp = [spec.ffn_size] if not all(layer.moe for layer in spec.layers) else []
     return mlp + ([spec.moe.ffn_size, spec.moe.shared_ffn_size] if spec.moe else [])

@@ -21,7 +21,7 @@ void to_shares(const SwarmdRouting &routing, float *scores) {
   for (int e = 0; e < routing.experts; e++) scores[e] /= sum;
 }
 
-// The first of the largest values, which is then out of the question; -1 when none is left that is a number.
+// The first of the largest values, which is then out of the question; -1 when none is left.
 int take_best(float *values, int count) {
   int best = -1;
   for (int i = 0; i < count; i++)
@@ -51,12 +51,15 @@ void keep_best_groups(const SwarmdRouting &routing, float *candidates, float *su
 void route(const SwarmdRouting &routing, const float *selection_bias, float *scores, float *candidates, int *chosen,
            float *shares) {
   to_shares(routing, scores);
-  for (int e = 0; e < routing.experts; e++) candidates[e] = scores[e] + (selection_bias ? selection_bias[e] : 0.0f);
+  for (int e = 0; e < routing.experts; e++) {
+    // What is no number is chosen last, and spoils the row then. It must not stand in the way: experts are chosen once each.
+    const float candidate = scores[e] + (selection_bias ? selection_bias[e] : 0.0f);
+    candidates[e] = std::isfinite(candidate) ? candidate : std::numeric_limits<float>::lowest();
+  }
   if (routing.groups > 1) keep_best_groups(routing, candidates, candidates + routing.experts);
   float sum = 0;
   for (int i = 0; i < routing.top_k; i++) {
-    // Scores that are no numbers choose the first experts, and spoil the row as they should.
-    chosen[i] = std::max(take_best(candidates, routing.experts), 0);
+    chosen[i] = take_best(candidates, routing.experts);
     sum += scores[chosen[i]];
   }
   std::sort(chosen, chosen + routing.top_k);
