@@ -12,12 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from support.half_cache import HalfCacheBackend
 from support.kernels import needs_kernels
 from support.memory_checkpoint import MemoryCheckpoint
 
-from swarmd.node.engine.backends.base import AttentionShape
-from swarmd.node.engine.backends.torch_cpu import TorchCpuBackend
 from swarmd.node.engine.cpu.native_compute import NativeCompute, why_not
 from swarmd.node.engine.decoder_compute import DecoderCompute
 from swarmd.node.engine.spec import (
@@ -30,7 +28,6 @@ from swarmd.node.engine.spec import (
     YarnScaling,
 )
 from swarmd.node.engine.stage_compute import Span, StageCompute
-from swarmd.node.engine.weights import AttentionWeights
 from swarmd.node.models.costs import ATTENTION_THREADS, SAMPLED_ROWS, STEP_ROWS, model_costs
 
 pytestmark = needs_kernels
@@ -133,21 +130,6 @@ SPECS: dict[str, ArchSpec] = {
     "experts after norms": replace(MOE, norms="after", qk_norm="full", residual_multiplier=0.5),
     "one of two experts": replace(MOE, moe=moe(n_experts=2, top_k=1)),
 }
-
-
-class HalfCacheBackend(TorchCpuBackend):
-    """Keys and values as an fp16 cache has them."""
-
-    def _attend(
-        self,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        start: int,
-        shape: AttentionShape,
-        weights: AttentionWeights,
-    ) -> torch.Tensor:
-        return super()._attend(queries, keys.half().float(), values.half().float(), start, shape, weights)
 
 
 @pytest.fixture(params=SPECS.values(), ids=list(SPECS), scope="module")
