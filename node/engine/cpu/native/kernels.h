@@ -22,6 +22,7 @@ struct Activations {
 
 // Rows [first, first + count) of activations.
 inline Activations some_rows(Activations x, int first, int count) {
+  static_assert(sizeof(Activations) == 2 * sizeof(int) + 6 * sizeof(void *), "a new array must be moved on here as well");
   const size_t values = static_cast<size_t>(first) * x.columns, groups = static_cast<size_t>(first) * x.groups();
   x.rows = count;
   x.values += values;
