@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from swarmd.node.engine import wire
 from swarmd.node.engine.computes import load_compute
 from swarmd.node.engine.sampling import choose
 from swarmd.node.engine.sampling_params import SamplingParams
+from swarmd.node.engine.spare_memory import give_back
 from swarmd.node.engine.spec import ArchSpec
 from swarmd.node.engine.stage_compute import (
     Kernels,
@@ -124,7 +124,7 @@ class StageEngine:
                 context=context,
                 progress=progress,
             )
-        gc.collect()
+        give_back()
         log.info(
             "loaded layers %d to %d: %d bytes of weights, kernels %s",
             start,

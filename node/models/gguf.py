@@ -119,6 +119,12 @@ class GGUFFile:
             )
         return np.frombuffer(self._mapping, np.uint8, info.nbytes, info.offset)
 
+    def release(self, name: str) -> None:
+        """Let go of the memory that reading a tensor took; whoever reads it again gets it from the file again."""
+        info = self.tensors[name]
+        begin = info.offset // mmap.PAGESIZE * mmap.PAGESIZE
+        self._mapping.madvise(mmap.MADV_DONTNEED, begin, info.offset + info.nbytes - begin)
+
     def close(self) -> None:
         """Release the file. Arrays from `read` that are still alive keep the mapping until they are gone."""
         if self._descriptor >= 0:

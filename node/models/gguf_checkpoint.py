@@ -56,6 +56,7 @@ class GGUFCheckpoint:
         info, source, shape = self._info(tensor), self._source(tensor), self._shapes[tensor]
         start, end = self._place(tensor)
         weight = from_gguf(info.name, info.type, self._shards.read(info.name)[start:end], shape)
+        self._shards.release(info.name)
         if source.heads:
             weight = weight.take(llama_row_order(source.heads, shape[0] // source.heads))
         return weight

@@ -53,6 +53,10 @@ class GGUFShards:
         _, file = self._file_of.get(tensor, self.files[0])
         return file.read(tensor)
 
+    def release(self, tensor: str) -> None:
+        """See `GGUFFile.release`."""
+        self._file_of[tensor][1].release(tensor)
+
     def file_name_of(self, tensor: str) -> str:
         """What the tensor's file is called within the model."""
         return self._file_of[tensor][0]

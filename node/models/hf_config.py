@@ -132,6 +132,8 @@ def _attention_biases(keys: ConfigKeys, family: Family) -> tuple[bool, bool]:
         case "attention_bias":
             biased = keys.flag("attention_bias")
             return biased, biased
+        case "attention_out_bias":
+            return keys.flag("attention_bias"), keys.flag("attention_out_bias")
 
 
 def _attention_scale(keys: ConfigKeys, family: Family, head_dim: int) -> float:

@@ -11,9 +11,9 @@ from typing import Literal
 
 from swarmd.node.engine.spec import NormPlacement, QkNorm
 
-AttentionBias = Literal["no", "qkv", "qkv_bias", "attention_bias"]
+AttentionBias = Literal["no", "qkv", "qkv_bias", "attention_bias", "attention_out_bias"]
 """Biases of attention: none; Q, K and V always have one; the key `qkv_bias` decides on these; the key `attention_bias`
-decides on these and the output's."""
+decides on these and the output's; or on these, and `attention_out_bias` on that."""
 
 Windows = Literal["never", "all", "later", "period", "no rope"]
 """Which layers have the window where `layer_types` is not given: none; all; those from max_window_layers on; all but
@@ -180,6 +180,7 @@ FAMILIES: dict[str, Family] = {
         shared_size="shared_intermediate_size",
         defaults={"shared_intermediate_size": 0},
     ),
+    "seed_oss": Family(bias="attention_out_bias", mlp_bias=True, defaults={"attention_bias": True, "head_dim": 128}),
     "gpt_oss": Family(
         bias="attention_bias",
         windows="period",
@@ -209,6 +210,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "alibi": (False,),
     "attention_bias": (False,),
     "attention_chunk_size": (),
+    "attention_out_bias": (False,),
     "attention_multiplier": (),
     "attn_logit_softcapping": (),
     "clip_qkv": (),
