@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+from typing import Literal
 
 from swarmd.node.engine.stage_compute import Kernels, StageCompute
 from swarmd.node.engine.weights import ReportProgress
@@ -11,7 +13,7 @@ from swarmd.node.models.checkpoint import Checkpoint
 log = logging.getLogger("swarmd.engine")
 
 
-KINDS = ("cpu",)
+KINDS = ("cpu", "metal", "mlx-cpu")
 """The kinds of devices on which something here computes: what stands before the colon in a device's id."""
 
 
@@ -35,6 +37,8 @@ def load_compute(
 ) -> StageCompute:
     """See `StageEngine.load`."""
     require_backend(device)
+    if device == "metal" or device == "mlx-cpu":
+        return _load_mlx(checkpoint, start, end, device, kv_tokens, context, progress)
     if kernels == "torch" or not _native_usable(checkpoint, start, end, required=kernels == "native"):
         return _load_torch(checkpoint, start, end, threads, kv_tokens, context, progress)
     from swarmd.node.engine.cpu.native_compute import NativeCompute
@@ -80,4 +84,24 @@ def _load_torch(
     torch.set_grad_enabled(False)
     return DecoderCompute.load(
         checkpoint, start, end, TorchCpuBackend(), kv_tokens=kv_tokens, context=context, progress=progress
+    )
+
+
+def _load_mlx(
+    checkpoint: Checkpoint,
+    start: int,
+    end: int,
+    device: Literal["metal", "mlx-cpu"],
+    kv_tokens: int,
+    context: int | None,
+    progress: ReportProgress | None,
+) -> StageCompute:
+    """MLX, which takes the number of its threads itself. Raises ValueError where it is not, or has no such device."""
+    if importlib.util.find_spec("mlx") is None:
+        raise ValueError(f"{device} needs MLX, which is not installed: pip install 'swarmd[mlx]'")
+    from swarmd.node.engine.backends.mlx import MlxBackend
+    from swarmd.node.engine.decoder_compute import DecoderCompute
+
+    return DecoderCompute.load(
+        checkpoint, start, end, MlxBackend(device), kv_tokens=kv_tokens, context=context, progress=progress
     )

@@ -51,6 +51,7 @@ class DecoderCompute:
     def fork(self, seq: int, source: int, length: int) -> None:
         """See `StageCompute`."""
         self._cache.fork(seq, source, length)
+        self._backend.settle(self._cache.layers(seq))
 
     def length(self, seq: int) -> int:
         """See `StageCompute`."""
@@ -79,6 +80,7 @@ class DecoderCompute:
         if not self._last:
             return StageOutput(self._backend.send(x, dtype))
         if not wanted:
+            self._backend.settle([cache for span in spans for cache in self._cache.layers(span.seq)])
             return StageOutput(None)
         logits = self._decoder.head(self._backend.select(x, wanted))
         return StageOutput(None, logits, [summarize(row) for row in logits])

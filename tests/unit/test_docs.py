@@ -34,7 +34,10 @@ _HEADING = re.compile(r"^#+ +(.*)$", re.MULTILINE)
 _VARIABLE = re.compile(r"\bSWARMD_[A-Z_]+\b")
 _SHELL = ("sh", "bash", "console")
 # Not options of a node: the token of `swarmd join`, what the tests read, and two names that stand for all.
-_OTHER_VARIABLES = {"SWARMD_PROFILE", "SWARMD_TOKEN", "SWARMD_TEST_MODEL", "SWARMD_NAME_OF_OPTION", "SWARMD_SOME_NAME"}
+_OTHER_VARIABLES = {
+    *("SWARMD_PROFILE", "SWARMD_TOKEN", "SWARMD_NAME_OF_OPTION", "SWARMD_SOME_NAME"),
+    *("SWARMD_TEST_MODEL", "SWARMD_TEST_MLX"),
+}
 
 
 class Block(NamedTuple):

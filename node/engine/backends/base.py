@@ -171,6 +171,10 @@ class Backend(WeightKeeper, Protocol):
         """The head's outputs, float32 on the host."""
         ...
 
+    def settle(self, caches: Sequence[LayerCache]) -> None:
+        """Have all that was written to these caches computed, for backends whose operations only promise results."""
+        ...
+
     def new_cache(self, kv_heads: int, head_dim: int, tokens: int, old: LayerCache | None, keep: int) -> LayerCache:
         """Room for `tokens` tokens of one layer; the first `keep` are copied from `old`."""
         ...

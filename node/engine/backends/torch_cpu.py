@@ -203,6 +203,9 @@ class TorchCpuBackend:
         """They share the tensor's memory."""
         return x.numpy()
 
+    def settle(self, caches: Sequence[LayerCache]) -> None:
+        """Nothing is pending here."""
+
     def new_cache(
         self, kv_heads: int, head_dim: int, tokens: int, old: LayerCache | None, keep: int
     ) -> TorchLayerCache:
