@@ -68,8 +68,8 @@ def _expert_workspace(spec: ArchSpec) -> int:
 
 
 def _prepared(columns: int) -> int:
-    """Bytes of a row of activations: values in fp32, two int8 codes each, and three fp32 numbers per group of 32."""
-    return columns * (4 + 1 + 1) + columns // 32 * 12
+    """Bytes of a row of activations: values in fp32, two int8 codes each, and five fp32 numbers per group of 32."""
+    return columns * (4 + 1 + 1) + columns // 32 * 20
 
 
 def _widest_mlp(spec: ArchSpec) -> int:

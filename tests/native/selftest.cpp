@@ -17,6 +17,7 @@ namespace {
 // Of the largest value. In a product both paths see the same int8 activations: what is left is rounding in another order.
 // In a layer a key or value may be rounded to the next fp16.
 constexpr double kOfProduct = 2e-6, kOfLayer = 2e-4;
+constexpr int kBlocks = 6;  // of the KV cache
 constexpr const char *kPaths[] = {"neon-dotprod", "avx512-vnni", "avx2"};
 
 std::mt19937 generator(5);
@@ -43,40 +44,56 @@ std::vector<uint16_t> halves(size_t count) {
   return out;
 }
 
+// How a matrix is kept; a dense one has only a kind.
+struct Form {
+  const char *name;
+  int kind, bits, group_size, scale_kind, bias_kind, per_super, offset;
+  bool table;
+};
+
+constexpr int kImplied = -1;
+constexpr Form kDense[] = {{"f32", SWARMD_F32, 0, 0, 0, 0, 0, 0, false},
+                           {"f16", SWARMD_F16, 0, 0, 0, 0, 0, 0, false},
+                           {"bf16", SWARMD_BF16, 0, 0, 0, 0, 0, 0, false}};
+constexpr Form kQuantized[] = {{"Q4_0", SWARMD_QUANTIZED, 4, 32, SWARMD_F16, kImplied, 0, 8, false},
+                               {"Q5_1", SWARMD_QUANTIZED, 5, 32, SWARMD_F16, SWARMD_F16, 0, 0, false},
+                               {"Q8_0", SWARMD_QUANTIZED, 8, 32, SWARMD_F16, kImplied, 0, 128, false},
+                               {"Q2_K", SWARMD_QUANTIZED, 2, 16, SWARMD_U8, SWARMD_U8, 16, 0, false},
+                               {"Q3_K", SWARMD_QUANTIZED, 3, 16, SWARMD_I8, kImplied, 16, 4, false},
+                               {"Q4_K", SWARMD_QUANTIZED, 4, 32, SWARMD_U8, SWARMD_U8, 8, 0, false},
+                               {"Q6_K", SWARMD_QUANTIZED, 6, 16, SWARMD_I8, kImplied, 16, 32, false},
+                               {"MXFP4", SWARMD_QUANTIZED, 4, 32, SWARMD_BF16, kImplied, 0, 12, true},
+                               {"levels, halves", SWARMD_QUANTIZED, 4, 16, SWARMD_F32, SWARMD_BF16, 0, 0, true},
+                               {"8 bits, halves", SWARMD_QUANTIZED, 8, 16, SWARMD_F32, SWARMD_I8, 4, 0, false},
+                               {"2 bits of 64", SWARMD_QUANTIZED, 2, 64, SWARMD_BF16, SWARMD_BF16, 0, 0, false},
+                               {"3 bits of 128", SWARMD_QUANTIZED, 3, 128, SWARMD_F16, SWARMD_F16, 0, 0, false},
+                               {"6 bits of 64", SWARMD_QUANTIZED, 6, 64, SWARMD_F32, SWARMD_F32, 0, 0, false}};
+
 // A random matrix of one form, and the memory that it points to.
 class Weights {
  public:
-  Weights(int kind, int bits, bool biased, int rows, int columns) : segment_{kind, bits, rows, columns, nullptr, nullptr, 0} {
+  Weights(const Form &form, int rows, int columns) : segment_{} {
+    segment_.kind = form.kind;
+    segment_.rows = rows;
+    segment_.columns = columns;
     const size_t tiles = (rows + SWARMD_TILE - 1) / SWARMD_TILE;
-    if (kind == SWARMD_QUANTIZED) {
-      const size_t groups = columns / SWARMD_GROUP;
-      const auto q = integers<uint32_t>(static_cast<size_t>(rows) * columns * bits / 32, 0, UINT32_MAX);
-      const auto scale = halves(rows * groups), bias = halves(rows * groups);
-      codes_.resize(tiles * groups * bits * 64);
-      scales_.resize(tiles * groups * SWARMD_TILE * (biased ? 2 : 1));
-      swarmd_pack(bits, rows, columns, q.data(), scale.data(), biased ? bias.data() : nullptr, codes_.data(), scales_.data());
+    if (form.kind == SWARMD_QUANTIZED) {
+      segment_.bits = form.bits;
+      segment_.group_size = form.group_size;
+      segment_.offset = form.offset;
+      segment_.table = form.table;
+      const auto levels = integers<uint8_t>(16, 0, 255);
+      std::memcpy(segment_.levels, levels.data(), levels.size());
+      const auto q = integers<uint32_t>(static_cast<size_t>(rows) * columns * form.bits / 32, 0, UINT32_MAX);
+      codes_.resize(tiles * columns / SWARMD_GROUP * form.bits * 64);
+      swarmd_pack(form.bits, rows, columns, q.data(), codes_.data());
+      const int groups = columns / form.group_size;
+      segment_.scale = scales(form.scale_kind, rows, groups, form.per_super);
+      if (form.bias_kind != kImplied) segment_.bias = scales(form.bias_kind, rows, groups, form.per_super);
     } else {
-      const int width = kind == SWARMD_F32 ? 4 : 2;
-      const size_t count = static_cast<size_t>(rows) * columns;
-      std::vector<uint8_t> values(count * width);
-      if (kind == SWARMD_F16) {
-        std::memcpy(values.data(), halves(count).data(), values.size());
-      } else {
-        auto floats = normals(count);
-        for (size_t i = 0; i < count; i++) {
-          floats[i] /= std::sqrt(static_cast<float>(columns));
-          uint32_t bits_of_value;
-          std::memcpy(&bits_of_value, &floats[i], 4);
-          if (kind == SWARMD_BF16) bits_of_value >>= 16;
-          std::memcpy(values.data() + i * width, &bits_of_value, width);
-        }
-      }
-      codes_.resize(tiles * SWARMD_TILE * columns * width);
-      swarmd_pack_dense(width, rows, columns, values.data(), codes_.data());
+      codes_ = numbers(form.kind, rows, columns, 1 / std::sqrt(static_cast<float>(columns)));
     }
     segment_.codes = codes_.data();
-    segment_.scales = scales_.data();
-    segment_.biased = biased;
     matrix = {rows, columns, 1, &segment_};
   }
   Weights(const Weights &) = delete;
@@ -84,9 +101,41 @@ class Weights {
   SwarmdMatrix matrix;
 
  private:
+  // Random numbers of a kind in tiles.
+  static std::vector<uint8_t> numbers(int kind, int rows, int columns, float size) {
+    const int width = kind == SWARMD_F32 ? 4 : kind == SWARMD_F16 || kind == SWARMD_BF16 ? 2 : 1;
+    const size_t count = static_cast<size_t>(rows) * columns;
+    std::vector<uint8_t> values = integers<uint8_t>(count * width, 0, 255);
+    if (kind == SWARMD_F16) {
+      std::memcpy(values.data(), halves(count).data(), values.size());
+    } else if (width > 1) {
+      const auto floats = normals(count);
+      for (size_t i = 0; i < count; i++) {
+        const float value = floats[i] * size;
+        uint32_t bits;
+        std::memcpy(&bits, &value, 4);
+        if (kind == SWARMD_BF16) bits >>= 16;
+        std::memcpy(values.data() + i * width, &bits, width);
+      }
+    }
+    std::vector<uint8_t> tiled((rows + SWARMD_TILE - 1) / SWARMD_TILE * SWARMD_TILE * static_cast<size_t>(columns) * width);
+    swarmd_pack_numbers(width, rows, columns, values.data(), tiled.data());
+    return tiled;
+  }
+
+  SwarmdScales scales(int kind, int rows, int groups, int per_super) {
+    scales_.push_back(numbers(kind, rows, groups, 0.1f));
+    SwarmdScales out = {kind, 0, scales_.back().data(), nullptr};
+    if (kind != SWARMD_I8 && kind != SWARMD_U8) return out;
+    out.per_super = per_super;
+    scales_.push_back(numbers(SWARMD_F16, rows, groups / per_super, 1));
+    out.supers = reinterpret_cast<const uint16_t *>(scales_.back().data());
+    return out;
+  }
+
   SwarmdSegment segment_;
   std::vector<uint8_t> codes_;
-  std::vector<uint16_t> scales_;
+  std::vector<std::vector<uint8_t>> scales_;
 };
 
 bool agree(const std::string &what, double tolerance, const std::vector<float> &found, const std::vector<float> &expected) {
@@ -109,31 +158,31 @@ std::vector<float> product(const char *path, SwarmdPool *pool, const Weights &we
   return y;
 }
 
-bool check_products(const char *path, SwarmdPool *pool) {
-  bool right = true;
-  constexpr int kRows = 45, kOutputs = 83, kColumns = 192;
+bool check_form(const char *path, SwarmdPool *pool, const Form &form) {
+  constexpr int kRows = 45, kOutputs = 83, kColumns = 256;
   const auto x = normals(kRows * kColumns);
-  for (int form : {2, 3, 4, 5, 6, 8, -SWARMD_F32, -SWARMD_F16, -SWARMD_BF16}) {
-    const bool quantized = form > 0;
-    const Weights weights(quantized ? SWARMD_QUANTIZED : -form, quantized ? form : 0, form % 2 == 0 && quantized, kOutputs,
-                          kColumns);
-    const std::string what = std::string(path) + (quantized ? " bits " : " dense ") + std::to_string(std::abs(form));
-    const auto all = product(path, pool, weights, x, kRows);
-    right &= agree(what, kOfProduct, all, product("portable", pool, weights, x, kRows));
-    for (int rows : {1, 2, 3, 7, 8, 19}) {
-      const auto some = product(path, pool, weights, x, rows);
-      if (std::memcmp(some.data(), all.data(), some.size() * sizeof(float)) != 0) {
-        std::printf("WRONG  %s: %d rows alone differ\n", what.c_str(), rows);
-        right = false;
-      }
+  const Weights weights(form, kOutputs, kColumns);
+  const std::string what = std::string(path) + " " + form.name;
+  const auto all = product(path, pool, weights, x, kRows);
+  bool right = agree(what, kOfProduct, all, product("portable", pool, weights, x, kRows));
+  for (int rows : {1, 2, 3, 7, 8, 19}) {
+    const auto some = product(path, pool, weights, x, rows);
+    if (std::memcmp(some.data(), all.data(), some.size() * sizeof(float)) != 0) {
+      std::printf("WRONG  %s: %d rows alone differ\n", what.c_str(), rows);
+      right = false;
     }
   }
   return right;
 }
 
-// One layer, two sequences: prompts, then both go on by some tokens, then by one each. The hidden states of all steps.
-constexpr int kBlocks = 6;
+bool check_products(const char *path, SwarmdPool *pool) {
+  bool right = true;
+  for (const Form &form : kDense) right &= check_form(path, pool, form);
+  for (const Form &form : kQuantized) right &= check_form(path, pool, form);
+  return right;
+}
 
+// One layer, two sequences: prompts, then both go on by some tokens, then by one each. The hidden states of all steps.
 std::vector<float> run_layer(const char *path, SwarmdPool *pool, SwarmdStage stage, const std::vector<float> &x) {
   swarmd_select(path);
   const size_t padded = (stage.head_dim + 15) / 16 * 16;
@@ -181,13 +230,11 @@ constexpr Features kFeatures[] = {
     {"layer with experts", SWARMD_QK_NORM_FULL, SWARMD_CLAMPED_SWIGLU, 19, 3, 0, true, true},
 };
 
-bool check_layer(const char *path, SwarmdPool *pool, int head_dim, int kind, const Features &features) {
+bool check_layer(const char *path, SwarmdPool *pool, int head_dim, const Form &form, const Features &features) {
   constexpr int kHeads = 6, kKvHeads = 2, kHidden = 96, kFfn = 160, kExperts = 5;
-  const int attended = kHeads * head_dim, bits = kind == SWARMD_QUANTIZED ? 4 : 0;
-  const int qkv_rows = attended + 2 * kKvHeads * head_dim;
-  const Weights qkv(kind, bits, true, qkv_rows, kHidden), output(kind, bits, true, kHidden, attended),
-      gate_up(kind, bits, true, 2 * kFfn, kHidden), down(kind, bits, true, kHidden, kFfn),
-      router(kind, bits, true, kExperts, kHidden), shared_gate(kind, bits, true, 1, kHidden);
+  const int attended = kHeads * head_dim, qkv_rows = attended + 2 * kKvHeads * head_dim;
+  const Weights qkv(form, qkv_rows, kHidden), output(form, kHidden, attended), gate_up(form, 2 * kFfn, kHidden),
+      down(form, kHidden, kFfn), router(form, kExperts, kHidden), shared_gate(form, 1, kHidden);
   const auto vector = normals(std::max(2 * kFfn, qkv_rows));
   const float *some = features.vectors ? vector.data() : nullptr;
   const auto frequencies = normals(head_dim / 2);
@@ -250,7 +297,7 @@ int main() {
     right &= check_products(path, pool);
     // Dense: a layer of them has no jumps, which a code of the activations makes when its last bit flips.
     for (const Features &features : kFeatures)
-      for (int head_dim : {6, 16, 40, 64}) right &= check_layer(path, pool, head_dim, SWARMD_F32, features);
+      for (int head_dim : {6, 16, 40, 64}) right &= check_layer(path, pool, head_dim, kDense[0], features);
     right &= check_summary(path);
   }
   swarmd_pool_free(pool);

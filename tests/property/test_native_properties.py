@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from support.native_kernels import (
     BITS,
     DENSE,
+    Form,
     Product,
     U,
     dense_weight,
@@ -18,13 +19,14 @@ from support.native_kernels import (
     machine_isas,
     product_of_codes,
     product_of_values,
-    quantized_weight,
+    weight_of,
 )
 from support.native_reference import attended, signs, sixty_fourths
 from support.native_stage import LayerParts, NativeStage, Part, Shape, dense
 
 from swarmd.node.engine.cpu import bindings as library
 from swarmd.node.engine.cpu.matrices import NativeMatrix, linear
+from swarmd.node.engine.quantized import FloatType
 
 FOUND = machine_isas()
 pytestmark = pytest.mark.skipif(not FOUND, reason="the native kernels are not built here (make native)")
@@ -43,23 +45,34 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 seeds = st.integers(0, 2**32 - 1)
 
 
+scale_kinds = st.sampled_from(["f32", "f16", "bf16", "i8*f16", "u8*f16"])
+forms = st.builds(
+    Form,
+    bits=st.sampled_from(BITS),
+    group_size=st.sampled_from([16, 32, 64, 128]),
+    scale=scale_kinds,
+    bias=st.just("") | scale_kinds,
+    per_super=st.integers(1, 5),
+    offset=st.integers(-1, 255),
+    table=st.booleans(),
+)
+
+
 @some
 @given(
     seed=seeds,
-    bits=st.sampled_from(BITS),
-    biased=st.booleans(),
+    form=forms,
     m=st.integers(1, 40),
     n=st.integers(1, 90),
-    groups=st.integers(1, 9),
+    units=st.integers(1, 3),
     size=st.floats(1e-15, 1e15),
     threads=st.integers(1, 3),
 )
-def test_quantized_products(
-    seed: int, bits: int, biased: bool, m: int, n: int, groups: int, size: float, threads: int
-) -> None:
+def test_quantized_products(seed: int, form: Form, m: int, n: int, units: int, size: float, threads: int) -> None:
     rng = np.random.default_rng(seed)
-    weight = quantized_weight(rng, bits, n, 32 * groups, biased=biased)
-    x = (rng.normal(0, 1, (m, 32 * groups)) * rng.choice([0, 1e-6, 1], (m, 32 * groups)) * size).astype(np.float32)
+    k = units * form.unit
+    weight = weight_of(rng, form, n, k)
+    x = (rng.normal(0, 1, (m, k)) * rng.choice([0, 1e-6, 1], (m, k)) * size).astype(np.float32)
     y = linear(NativeMatrix([weight]), x, threads)
     assert exceeds(y, product_of_codes(x, weight)) <= 1
     assert exceeds(y, product_of_values(x, weight)) <= 1
@@ -86,18 +99,12 @@ def test_dense_products(seed: int, kind, m: int, n: int, k: int, threads: int) -
 
 
 @some
-@given(
-    seed=seeds,
-    form=st.sampled_from([*BITS, *DENSE]),
-    biased=st.booleans(),
-    rows=st.integers(1, 60),
-    groups=st.integers(1, 6),
-)
-def test_packing_loses_nothing(seed: int, form, biased: bool, rows: int, groups: int) -> None:
+@given(seed=seeds, form=forms | st.sampled_from(DENSE), rows=st.integers(1, 60), units=st.integers(1, 3))
+def test_packing_loses_nothing(seed: int, form: Form | FloatType, rows: int, units: int) -> None:
     rng = np.random.default_rng(seed)
     weight = (
-        quantized_weight(rng, form, rows, 32 * groups, biased=biased)
-        if form in BITS
+        weight_of(rng, form, rows, units * form.unit)
+        if isinstance(form, Form)
         else dense_weight(rng, form, rows, int(rng.integers(1, 100)))
     )
     assert (NativeMatrix([weight]).rows_at(range(rows)) == weight.dequantize()).all()

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from support.native_kernels import (
     BITS,
     DENSE,
+    FORMS,
+    Form,
     dense_weight,
     exceeds,
     machine_isas,
     product_of_codes,
     product_of_values,
     quantized_weight,
+    weight_of,
 )
 
 from swarmd.node.engine.cpu import bindings as library
@@ -72,14 +76,37 @@ class TestProducts:
         weight, x = dense_weight(rng, kind, n, k), activations(rng, m, k)
         assert exceeds(linear(NativeMatrix([weight]), x), product_of_values(x, weight)) <= 1
 
-    @pytest.mark.parametrize("bits", BITS)
-    def test_the_largest_codes_and_activations_do_not_overflow(self, bits: int):
+    @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+    def test_every_form(self, rng: np.random.Generator, form: Form):
+        """One row and several, an odd number of groups of activations where the form allows it."""
+        for m, n, units in [(1, 37, 1), (2, 16, 2), (11, 50, 3)]:
+            weight, x = weight_of(rng, form, n, units * form.unit), activations(rng, m, units * form.unit)
+            y = linear(NativeMatrix([weight]), x)
+            assert exceeds(y, product_of_codes(x, weight)) <= 1
+            assert exceeds(y, product_of_values(x, weight)) <= 1
+
+    @pytest.mark.parametrize("group_size", [16, 32])
+    @pytest.mark.parametrize("bits", [*BITS, "levels"])
+    def test_the_largest_codes_and_activations_do_not_overflow(self, bits: int | str, group_size: int):
         """Every product at its limit, with equal and with alternating signs: sixteen bits would not hold the sums."""
+        table = np.arange(240, 256, dtype=np.uint8) if bits == "levels" else None
+        bits = 4 if isinstance(bits, str) else bits
         codes = np.full((16, 64), (1 << bits) - 1, np.uint8)
-        ones = np.ones((16, 2), np.float16)
-        weight = QuantizedWeight(bits, 32, pack(codes, bits), Scales(ones), Scales(-ones))
+        ones = np.ones((16, 64 // group_size), np.float16)
+        weight = QuantizedWeight(bits, group_size, pack(codes, bits), Scales(ones), Scales(-ones), table)
         x = np.stack([np.full(64, 3.0), np.full(64, -3.0), np.tile([3.0, -3.0], 32)]).astype(np.float32)
         assert exceeds(linear(NativeMatrix([weight]), x), product_of_codes(x, weight)) <= 1
+
+    def test_super_scales_at_their_limits(self):
+        """The largest fp16 times the largest and the least small integers."""
+        small = np.array([[127, -128, 0, -1]] * 16, np.int8)
+        weight = QuantizedWeight(
+            6, 16, pack(np.full((16, 64), 63, np.uint8), 6), Scales(small, np.full((16, 2), 65504, np.float16)), None
+        )
+        x = np.stack([np.ones(64), np.repeat([1, -1, 1, 1], 16)]).astype(np.float32)
+        y = linear(NativeMatrix([weight]), x)
+        assert exceeds(y, product_of_codes(x, weight)) <= 1
+        assert (np.abs(y) > 1e6).all()
 
     def test_activations_of_nothing_give_nothing(self, rng: np.random.Generator):
         weight = quantized_weight(rng, 4, 20, 64, biased=True)
@@ -89,10 +116,10 @@ class TestProducts:
         assert (y[[0, 2]] == 0).all()
         assert exceeds(y[1:2], product_of_codes(x[1:2], weight)) <= 1
 
-    @pytest.mark.parametrize("form", [*BITS, *DENSE], ids=str)
-    def test_a_row_does_not_depend_on_its_company_or_on_the_threads(self, rng: np.random.Generator, form):
-        n, k = 83, 96
-        weight = quantized_weight(rng, form, n, k, biased=True) if form in BITS else dense_weight(rng, form, n, k)
+    @pytest.mark.parametrize("name", [*FORMS, *DENSE])
+    def test_a_row_does_not_depend_on_its_company_or_on_the_threads(self, rng: np.random.Generator, name):
+        n, k = 83, FORMS[name].unit if name in FORMS else 96
+        weight = weight_of(rng, FORMS[name], n, k) if name in FORMS else dense_weight(rng, name, n, k)
         matrix, x = NativeMatrix([weight]), activations(rng, 41, k)
         alone = np.concatenate([linear(matrix, row[None]) for row in x])
         for rows in (2, 3, 5, 8, 12, 16, 23, 41):
@@ -103,11 +130,12 @@ class TestProducts:
     def test_stacked_parts_are_as_each_by_itself(self, rng: np.random.Generator):
         """Parts of different forms and of rows that fill no tile, as a gate and an up matrix may be."""
         parts = [
-            quantized_weight(rng, 4, 21, 64, biased=True),
-            quantized_weight(rng, 8, 5, 64, biased=False),
-            dense_weight(rng, DENSE[1], 18, 64),
+            quantized_weight(rng, 4, 21, 256, biased=True),
+            weight_of(rng, FORMS["Q6_K"], 5, 256),
+            weight_of(rng, FORMS["MXFP4"], 33, 256),
+            dense_weight(rng, DENSE[1], 18, 256),
         ]
-        x = activations(rng, 9, 64)
+        x = activations(rng, 9, 256)
         together = linear(NativeMatrix(parts), x, threads=2)
         assert (together == np.concatenate([linear(NativeMatrix([part]), x) for part in parts], axis=1)).all()
 
@@ -119,6 +147,11 @@ class TestPacking:
         weight = quantized_weight(rng, bits, 39, 160, biased=biased)
         ids = [38, 0, 15, 16, 38, 7]
         assert (NativeMatrix([weight]).rows_at(ids) == weight.dequantize()[ids]).all()
+
+    @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+    def test_rows_of_every_form_come_back(self, rng: np.random.Generator, form: Form):
+        weight = weight_of(rng, form, 39, 3 * form.unit)
+        assert (NativeMatrix([weight]).rows_at(range(39)) == weight.dequantize()).all()
 
     @pytest.mark.parametrize("kind", DENSE, ids=str)
     def test_dense_rows_come_back_exactly(self, rng: np.random.Generator, kind):
@@ -139,12 +172,32 @@ class TestPacking:
         rows = NativeMatrix([weight]).rows_at(range(len(halves)))
         assert (rows == halves.astype(np.float32)).all()
 
-    def test_nothing_is_kept_twice(self, rng: np.random.Generator):
-        weight = quantized_weight(rng, 4, 64, 256, biased=True)
+    @pytest.mark.parametrize("name", [name for name in FORMS if name not in ("2 bits, levels", "6 bits, levels")])
+    def test_nothing_is_kept_twice_or_larger(self, rng: np.random.Generator, name: str):
+        """Small scales stay small. (Levels of other codes than 4-bit ones, which no format has, are kept as bytes.)"""
+        weight = weight_of(rng, FORMS[name], 64, 2 * FORMS[name].unit)
         assert NativeMatrix([weight]).nbytes == weight.nbytes
 
-    def test_other_groups_are_refused(self, rng: np.random.Generator):
-        weight = quantized_weight(rng, 4, 16, 64, biased=True)
-        wide = QuantizedWeight(4, 64, weight.q, Scales(weight.scale.values[:, :1]), None)
-        with pytest.raises(ValueError, match="groups of 64"):
-            NativeMatrix([wide])
+    def test_columns_that_fill_no_group_of_activations_are_refused(self, rng: np.random.Generator):
+        weight = weight_of(rng, FORMS["5 bits, halves"], 16, 32)
+        odd = QuantizedWeight(5, 16, weight.q[:, :3], Scales(weight.scale.values[:, :1]), None)
+        with pytest.raises(ValueError, match="multiple of 32, not 16"):
+            NativeMatrix([odd])
+
+    def test_parts_that_do_not_fit_each_other_are_refused(self, rng: np.random.Generator):
+        """Native code would read past them."""
+        good = weight_of(rng, FORMS["Q4_K"], 16, 256)
+        assert good.bias is not None
+        assert good.bias.supers is not None
+        bad = [
+            replace(good, q=good.q[:, :-1]),
+            replace(good, bits=7),
+            replace(good, codebook=np.zeros(15, np.uint8)),
+            replace(good, bias=Scales(good.bias.values[:15], good.bias.supers)),
+            replace(good, bias=Scales(good.bias.values, good.bias.supers[:15])),
+            replace(good, bias=Scales(good.bias.values, np.ones((16, 3), np.float16))),
+            replace(good, bias=Scales(good.bias.values)),
+        ]
+        for weight in bad:
+            with pytest.raises(ValueError, match=r"kernels take|do not fit|does not fit"):
+                NativeMatrix([weight])

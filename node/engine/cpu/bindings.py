@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_size_t, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_size_t, c_uint8, c_void_p
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-ABI = 4
+ABI = 5
 TILE = 16
 """Rows of a matrix that are packed together."""
 GROUP = 32
-"""Columns that share a scale."""
+"""Columns whose codes are packed together."""
 BLOCK = 16
 """Tokens in one block of the KV cache."""
 
@@ -25,6 +25,12 @@ class NativeMissing(RuntimeError):
     """The native library is not there, or not for this version; the message says why."""
 
 
+class NativeScales(Structure):
+    """SwarmdScales."""
+
+    _fields_ = (("kind", c_int32), ("per_super", c_int32), ("values", c_void_p), ("supers", c_void_p))
+
+
 class Segment(Structure):
     """SwarmdSegment."""
 
@@ -33,9 +39,13 @@ class Segment(Structure):
         ("bits", c_int32),
         ("rows", c_int32),
         ("columns", c_int32),
+        ("group_size", c_int32),
+        ("offset", c_int32),
+        ("table", c_int32),
+        ("levels", c_uint8 * 16),
         ("codes", c_void_p),
-        ("scales", c_void_p),
-        ("biased", c_int32),
+        ("scale", NativeScales),
+        ("bias", NativeScales),
     )
 
 
@@ -174,8 +184,8 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "swarmd_select": (c_int32, (c_char_p,)),
     "swarmd_pool_new": (c_void_p, (c_int32,)),
     "swarmd_pool_free": (None, (c_void_p,)),
-    "swarmd_pack": (None, (c_int32, c_int32, c_int32, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p)),
-    "swarmd_pack_dense": (None, (c_int32, c_int32, c_int32, c_void_p, c_void_p)),
+    "swarmd_pack": (None, (c_int32, c_int32, c_int32, c_void_p, c_void_p)),
+    "swarmd_pack_numbers": (None, (c_int32, c_int32, c_int32, c_void_p, c_void_p)),
     "swarmd_rows": (None, (POINTER(Matrix), c_void_p, c_int32, c_void_p)),
     "swarmd_linear": (None, (c_void_p, POINTER(Matrix), c_void_p, c_int32, c_void_p, c_void_p)),
     "swarmd_linear_workspace": (c_size_t, (POINTER(Matrix), c_int32)),

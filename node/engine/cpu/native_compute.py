@@ -194,9 +194,6 @@ def why_not(checkpoint: Checkpoint, start: int, end: int) -> str:
         return f"{moe.top_k} of {moe.n_experts} experts in {moe.top_groups} of {moe.n_groups} groups cannot be chosen"
     for name, shape in tensor_shapes(spec, start, end).items():
         form = checkpoint.form(name)
-        scales = form.group_size == GROUP and {form.scale, form.bias} <= {"", "f16"}
-        if len(shape) == 2 and form.float_type is None and not scales:
-            return f"tensor {name!r} has groups of {form.group_size} with scales of {form.scale}"
         if len(shape) == 2 and form.float_type is None and shape[1] % GROUP:
             return f"tensor {name!r} is quantized and has {shape[1]} columns, which is no multiple of {GROUP}"
     return ""

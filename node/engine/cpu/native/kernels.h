@@ -3,32 +3,39 @@
 
 #include "swarmd_native.h"
 
+// For what a product does for each group: a call would take its vectors through memory.
+#define SWARMD_INLINE inline __attribute__((always_inline))
+
 namespace swarmd {
 
 constexpr int kTile = SWARMD_TILE;
 constexpr int kGroup = SWARMD_GROUP;
+constexpr int kHalf = kGroup / 2;
 constexpr int kBlock = SWARMD_BLOCK;
 
 // Rows of activations, as a product reads them. `values` [rows, columns] is there when a segment is dense; the others
 // when one is quantized, group by group: x = scale * code + fine_scale * fine_code. Only groups that stand out have fine
-// codes; in the others fine_scale is 0 and the fine codes are undefined. `sum` is that of the group's x as quantized.
+// codes; in the others fine_scale is 0 and the fine codes are undefined. `sum` is that of the group's x as quantized,
+// `half_sums` those of its two halves: weights may change their scale and bias in between.
 struct Activations {
   int rows, columns;
   float *values;
   int8_t *codes, *fine_codes;  // [rows, columns]
   float *scale, *fine_scale, *sum;  // [rows, groups]
+  float *half_sums;  // [rows, groups, 2]
   int groups() const { return columns / kGroup; }
 };
 
 // Rows [first, first + count) of activations.
 inline Activations some_rows(Activations x, int first, int count) {
-  static_assert(sizeof(Activations) == 2 * sizeof(int) + 6 * sizeof(void *), "a new array must be moved on here as well");
+  static_assert(sizeof(Activations) == 2 * sizeof(int) + 7 * sizeof(void *), "a new array must be moved on here as well");
   const size_t values = static_cast<size_t>(first) * x.columns, groups = static_cast<size_t>(first) * x.groups();
   x.rows = count;
   x.values += values;
   x.scale += groups;
   x.fine_scale += groups;
   x.sum += groups;
+  x.half_sums += 2 * groups;
   x.fine_codes += values;
   if (x.codes) x.codes += values;
   return x;
@@ -104,6 +111,9 @@ const Kernels &kernels();
 
 inline int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 inline int tiles_of(const SwarmdSegment &segment) { return (segment.rows + kTile - 1) / kTile; }
+
+// Bytes of one number of a kind.
+constexpr int width_of(int kind) { return kind == SWARMD_F32 ? 4 : kind == SWARMD_F16 || kind == SWARMD_BF16 ? 2 : 1; }
 
 inline float half_to_float(uint16_t half) {
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;

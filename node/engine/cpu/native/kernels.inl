@@ -1,6 +1,7 @@
 // All kernels of one instruction set; included inside its namespace, after its vectors.
 #include "vector_math.inl"
 #include "rows.inl"
+#include "scales.inl"
 #include "product.inl"
 #include "attention.inl"
 #include "unpacked_rows.inl"

@@ -17,6 +17,7 @@ Activations take_activations(Arena &arena, int rows, int columns) {
   out.scale = arena.take<float>(groups);
   out.fine_scale = arena.take<float>(groups);
   out.sum = arena.take<float>(groups);
+  out.half_sums = arena.take<float>(2 * groups);
   return out;
 }
 

@@ -1,7 +1,7 @@
 // Packing: canonical weights into the layout that the products read, once, at load.
 //
-// Sixteen rows make a tile. A tile's codes follow each other group by group (32 columns), and within a group plane by
-// plane: a code of b bits is stored as planes of its lowest 4 (or 2, or 8) bits and of what is above. A plane is made of
+// Sixteen rows make a tile. A tile's codes follow each other by 32 columns, whatever their scales are, and within these
+// plane by plane: a code of b bits is stored as planes of its lowest 4 (or 2, or 8) bits and of what is above. A plane is made of
 // chunks of 64 bytes; byte r * 4 + j of a chunk belongs to row r of the tile:
 //
 //   plane of 8 bits, chunk c of 8:  column 4c + j
@@ -50,37 +50,40 @@ void pack_group(const uint8_t *codes, int bits, int lane, uint8_t *out) {
   if (bits > low) pack_plane(codes, low, bits - low, lane, out + low * 64);
 }
 
+template <int WIDTH>
+void pack_numbers(size_t rows, size_t columns, const uint8_t *values, uint8_t *out) {
+  for (size_t row = 0; row < rows; row++) {
+    uint8_t *to = out + (row / kTile * columns * kTile + row % kTile) * WIDTH;
+    const uint8_t *from = values + row * columns * WIDTH;
+    for (size_t k = 0; k < columns; k++) std::memcpy(to + k * kTile * WIDTH, from + k * WIDTH, WIDTH);
+  }
+}
+
+size_t tiles_for(int32_t rows) { return (static_cast<size_t>(rows) + kTile - 1) / kTile; }
+
 }  // namespace
 }  // namespace swarmd
 
 using namespace swarmd;
 
-void swarmd_pack(int32_t bits, int32_t rows, int32_t columns, const uint32_t *q, const uint16_t *scale,
-                 const uint16_t *bias, uint8_t *codes, uint16_t *scales) {
-  const int groups = columns / kGroup, of_group = bias ? 2 * kTile : kTile;
-  const size_t tiles = (static_cast<size_t>(rows) + kTile - 1) / kTile;
-  std::memset(codes, 0, tiles * groups * bits * 64);
-  std::memset(scales, 0, tiles * groups * of_group * sizeof(uint16_t));
+void swarmd_pack(int32_t bits, int32_t rows, int32_t columns, const uint32_t *q, uint8_t *codes) {
+  const int groups = columns / kGroup;
+  std::memset(codes, 0, tiles_for(rows) * groups * bits * 64);
   for (int row = 0; row < rows; row++) {
-    const int lane = row % kTile;
     const size_t first = static_cast<size_t>(row / kTile) * groups, from = static_cast<size_t>(row) * groups;
     for (int g = 0; g < groups; g++) {
       uint8_t plain[kGroup];
       unpack_canonical(q + (from + g) * bits, bits, plain);
-      pack_group(plain, bits, lane, codes + (first + g) * bits * 64);
-      uint16_t *to = scales + (first + g) * of_group + lane;
-      to[0] = scale[from + g];
-      if (bias) to[kTile] = bias[from + g];
+      pack_group(plain, bits, row % kTile, codes + (first + g) * bits * 64);
     }
   }
 }
 
-void swarmd_pack_dense(int32_t width, int32_t rows, int32_t columns, const uint8_t *values, uint8_t *codes) {
-  const size_t tiles = (static_cast<size_t>(rows) + kTile - 1) / kTile;
-  std::memset(codes, 0, tiles * columns * kTile * width);
-  for (size_t row = 0; row < static_cast<size_t>(rows); row++) {
-    uint8_t *to = codes + (row / kTile * columns * kTile + row % kTile) * width;
-    const uint8_t *from = values + row * columns * width;
-    for (int k = 0; k < columns; k++) std::memcpy(to + static_cast<size_t>(k) * kTile * width, from + k * width, width);
+void swarmd_pack_numbers(int32_t width, int32_t rows, int32_t columns, const uint8_t *values, uint8_t *out) {
+  std::memset(out, 0, tiles_for(rows) * columns * kTile * width);
+  switch (width) {
+    case 1: return pack_numbers<1>(rows, columns, values, out);
+    case 2: return pack_numbers<2>(rows, columns, values, out);
+    case 4: return pack_numbers<4>(rows, columns, values, out);
   }
 }

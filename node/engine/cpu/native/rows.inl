@@ -5,18 +5,22 @@
 // comes from.
 constexpr float kStandsOut = 5.0f;
 
-// The codes of one group: round(x / scale), where scale is `largest` / 127, and their sum. `rest` is what is left of x.
-static inline float encode(const float *x, float largest, int8_t *codes, float *rest) {
+// The codes of one group: round(x / scale), where scale is `largest` / 127; the sums of the codes of its two halves times
+// scale are added to `half_sums`. `rest` is what is left of x. Returns scale.
+static inline float encode(const float *x, float largest, int8_t *codes, float *rest, float *half_sums) {
   const float scale = largest / 127.0f;
   const Floats inverse = set1(largest > 0 ? 127.0f / largest : 0.0f);
-  Floats total = zero();
-  for (int i = 0; i < kGroup; i += kLanes) {
-    const Ints rounded = round_ints(mul(load(x + i), inverse));
-    store_low_bytes(codes + i, rounded);
-    total = add(total, from_ints(rounded));
-    if (rest) store(rest + i, sub(load(x + i), mul(from_ints(rounded), set1(scale))));
+  for (int half = 0; half < 2; half++) {
+    Floats total = zero();
+    for (int i = half * kHalf; i < (half + 1) * kHalf; i += kLanes) {
+      const Ints rounded = round_ints(mul(load(x + i), inverse));
+      store_low_bytes(codes + i, rounded);
+      total = add(total, from_ints(rounded));
+      if (rest) store(rest + i, sub(load(x + i), mul(from_ints(rounded), set1(scale))));
+    }
+    half_sums[half] += scale * sum_of(total);
   }
-  return sum_of(total);
+  return scale;
 }
 
 static inline float largest_size(const float *x) {
@@ -35,18 +39,14 @@ static inline void keep(const float *x, const Activations &out, int row) {
   const float bound = kStandsOut * __builtin_sqrtf(sum_of(squares) / static_cast<float>(out.columns));
   for (int g = 0; g < groups; g++) {
     const float *in = x + g * kGroup;
-    const float largest = largest_size(in), scale = largest / 127.0f;
-    float rest[kGroup], fine_scale = 0;
+    const float largest = largest_size(in);
     const bool stands_out = largest > bound;
-    float sum = scale * encode(in, largest, out.codes + at + g * kGroup, stands_out ? rest : nullptr);
-    if (stands_out) {
-      const float left = largest_size(rest);
-      fine_scale = left / 127.0f;
-      sum += fine_scale * encode(rest, left, out.fine_codes + at + g * kGroup, nullptr);
-    }
-    out.scale[first + g] = scale;
+    float rest[kGroup], fine_scale = 0, *halves = out.half_sums + 2 * (first + g);
+    halves[0] = halves[1] = 0;
+    out.scale[first + g] = encode(in, largest, out.codes + at + g * kGroup, stands_out ? rest : nullptr, halves);
+    if (stands_out) fine_scale = encode(rest, largest_size(rest), out.fine_codes + at + g * kGroup, nullptr, halves);
     out.fine_scale[first + g] = fine_scale;
-    out.sum[first + g] = sum;
+    out.sum[first + g] = halves[0] + halves[1];
   }
 }
 

@@ -29,6 +29,12 @@ static inline Floats load_bf16(const uint16_t *p) {
   const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
   return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
+static inline Floats load_signed_bytes(const uint8_t *p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p))));
+}
+static inline Floats load_unsigned_bytes(const uint8_t *p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p))));
+}
 static inline Ints round_ints(Floats x) { return _mm256_cvtps_epi32(x); }
 static inline Floats from_ints(Ints x) { return _mm256_cvtepi32_ps(x); }
 static inline void store_low_bytes(int8_t *p, Ints x) {
@@ -48,6 +54,11 @@ template <int SHIFT>
 static inline Bytes join(Bytes low, Bytes high) {
   return _mm256_or_si256(low, _mm256_slli_epi16(high, SHIFT));
 }
+
+static inline Bytes load_table(const uint8_t *p) {
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+}
+static inline Bytes look_up(Bytes table, Bytes x) { return _mm256_shuffle_epi8(table, x); }
 
 // maddubs adds pairs of products into int16. Codes of up to 4 bits give at most 2 * 15 * 127 = 3810, eight times 30480:
 // no overflow within a group. Wider codes are split into nibbles, which keep the same bound.

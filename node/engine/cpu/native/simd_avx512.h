@@ -29,6 +29,12 @@ static inline Floats load_bf16(const uint16_t *p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
+static inline Floats load_signed_bytes(const uint8_t *p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))));
+}
+static inline Floats load_unsigned_bytes(const uint8_t *p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))));
+}
 static inline Ints round_ints(Floats x) { return _mm512_cvtps_epi32(x); }
 static inline Floats from_ints(Ints x) { return _mm512_cvtepi32_ps(x); }
 static inline void store_low_bytes(int8_t *p, Ints x) {
@@ -47,6 +53,11 @@ template <int SHIFT>
 static inline Bytes join(Bytes low, Bytes high) {
   return _mm512_or_si512(low, _mm512_slli_epi16(high, SHIFT));
 }
+
+static inline Bytes load_table(const uint8_t *p) {
+  return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+}
+static inline Bytes look_up(Bytes table, Bytes x) { return _mm512_shuffle_epi8(table, x); }
 
 template <int BITS>
 struct Dot {

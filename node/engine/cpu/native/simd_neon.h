@@ -24,6 +24,17 @@ static inline Floats zero_below(Floats x, Floats bound, Floats y) {
 }
 static inline Floats load_half(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 static inline Floats load_bf16(const uint16_t *p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
+static inline uint8x8_t load_four_bytes(const uint8_t *p) {
+  uint32_t four;
+  __builtin_memcpy(&four, p, 4);
+  return vcreate_u8(four);
+}
+static inline Floats load_signed_bytes(const uint8_t *p) {
+  return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u8(load_four_bytes(p))))));
+}
+static inline Floats load_unsigned_bytes(const uint8_t *p) {
+  return vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(load_four_bytes(p)))));
+}
 static inline Ints round_ints(Floats x) { return vcvtnq_s32_f32(x); }
 static inline Floats from_ints(Ints x) { return vcvtq_f32_s32(x); }
 static inline void store_low_bytes(int8_t *p, Ints x) {
@@ -44,6 +55,9 @@ template <int SHIFT>
 static inline Bytes join(Bytes low, Bytes high) {
   return vorrq_u8(low, vshlq_u8(high, vdupq_n_s8(SHIFT)));
 }
+
+static inline Bytes load_table(const uint8_t *p) { return vld1q_u8(p); }
+static inline Bytes look_up(Bytes table, Bytes x) { return vqtbl1q_u8(table, x); }
 
 // The dot product takes both operands signed: codes of up to 6 bits are that as they are, 8-bit ones go by nibbles.
 static inline int8x16_t four_of(const int8_t *x) {

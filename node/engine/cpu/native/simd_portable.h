@@ -1,6 +1,6 @@
 // Vectors as plain arrays, for CPUs that have no path of their own; also the definition of what the others must do.
 constexpr int kLanes = 4;
-constexpr int kMostRows = 4;
+constexpr int kMostRows = 2;
 constexpr int kQueries = 4;
 
 struct Floats {
@@ -65,6 +65,12 @@ static inline Floats load_half(const uint16_t *p) {
 static inline Floats load_bf16(const uint16_t *p) {
   return each([&](int i) { return bf16_to_float(p[i]); });
 }
+static inline Floats load_signed_bytes(const uint8_t *p) {
+  return each([&](int i) { return static_cast<float>(static_cast<int8_t>(p[i])); });
+}
+static inline Floats load_unsigned_bytes(const uint8_t *p) {
+  return each([&](int i) { return static_cast<float>(p[i]); });
+}
 // To nearest, ties to even, for |x| < 2^22: adding 1.5 * 2^23 leaves the integer in the low bits of the fraction.
 static inline Ints round_ints(Floats x) {
   Ints out;
@@ -104,6 +110,17 @@ template <int SHIFT>
 static inline Bytes join(Bytes low, Bytes high) {
   for (int i = 0; i < 4 * kLanes; i++) low.v[i] |= static_cast<uint8_t>(high.v[i] << SHIFT);
   return low;
+}
+
+// A table of 16 bytes, and for each byte below 16 what the table has there.
+static inline Bytes load_table(const uint8_t *p) {
+  Bytes out;
+  for (int i = 0; i < 4 * kLanes; i++) out.v[i] = p[i % 16];
+  return out;
+}
+static inline Bytes look_up(Bytes table, Bytes x) {
+  for (uint8_t &byte : x.v) byte = table.v[byte & 15];
+  return x;
 }
 
 // Sums of products of codes (unsigned) with four int8 activations that all lanes share.

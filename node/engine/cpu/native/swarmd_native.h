@@ -9,9 +9,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define SWARMD_ABI 4
+#define SWARMD_ABI 5
 #define SWARMD_TILE 16  /* rows of a matrix that are packed together */
-#define SWARMD_GROUP 32 /* columns that share a scale, of weights and of activations */
+#define SWARMD_GROUP 32 /* columns whose codes are packed together; activations share a scale */
 #define SWARMD_BLOCK 16 /* tokens in one block of the KV cache */
 
 #if defined(_WIN32)
@@ -20,18 +20,34 @@
 #define SWARMD_API extern "C" __attribute__((visibility("default")))
 #endif
 
-enum SwarmdKind { SWARMD_F32 = 0, SWARMD_F16 = 1, SWARMD_BF16 = 2, SWARMD_QUANTIZED = 3 };
+/* What numbers are; the last two only below a super-scale. */
+enum SwarmdKind {
+  SWARMD_F32 = 0,
+  SWARMD_F16 = 1,
+  SWARMD_BF16 = 2,
+  SWARMD_QUANTIZED = 3,
+  SWARMD_I8 = 4,
+  SWARMD_U8 = 5
+};
 enum SwarmdWire { SWARMD_WIRE_F32 = 0, SWARMD_WIRE_BF16 = 1 };
 
+/* The scales or the biases of a segment: `values` [tile, group, 16] of `kind`, not quantized. With I8 or U8 each is to be
+ * multiplied by its super-scale, of which `per_super` groups share one: `supers` fp16 [tile, group / per_super, 16]. */
+struct SwarmdScales {
+  int32_t kind, per_super;
+  const uint8_t *values;
+  const uint16_t *supers;
+};
+
 /* Some rows of a matrix in one form. Dense: `codes` holds the values [tile, column, 16]. Quantized:
- * w = code * scale + bias; `codes` holds bits * 64 bytes per tile and group (pack.cpp draws the layout), `scales`
- * fp16 [tile, group, 16] or, when `biased`, [tile, group, 2, 16] with the biases second; otherwise
- * bias = -2^(bits-1) * scale. */
+ * w = level * scale + bias per `group_size` (16, 32, 64, 128) columns, of which there are a multiple of 32; `codes`
+ * holds bits * 64 bytes per tile and 32 columns (pack.cpp draws the layout). The level is the code or, with `table` (of
+ * 4 bits), levels[code]. Without `bias.values`, bias = -offset * scale. */
 struct SwarmdSegment {
-  int32_t kind, bits, rows, columns;
+  int32_t kind, bits, rows, columns, group_size, offset, table;
+  uint8_t levels[16];
   const uint8_t *codes;
-  const uint16_t *scales;
-  int32_t biased;
+  SwarmdScales scale, bias;
 };
 
 /* Segments stacked along the rows, all of the same columns. */
@@ -143,11 +159,10 @@ SWARMD_API int32_t swarmd_select(const char *isa);
 SWARMD_API SwarmdPool *swarmd_pool_new(int32_t threads);
 SWARMD_API void swarmd_pool_free(SwarmdPool *pool);
 
-/* Canonical codes (LSB-first u32 [rows, columns*bits/32], fp16 scale and bias [rows, groups], bias may be NULL) into a
- * segment's `codes` and `scales`; and dense values [rows, columns] of `width` bytes each. */
-SWARMD_API void swarmd_pack(int32_t bits, int32_t rows, int32_t columns, const uint32_t *q, const uint16_t *scale,
-                            const uint16_t *bias, uint8_t *codes, uint16_t *scales);
-SWARMD_API void swarmd_pack_dense(int32_t width, int32_t rows, int32_t columns, const uint8_t *values, uint8_t *codes);
+/* Canonical codes (LSB-first u32 [rows, columns*bits/32]) into a segment's `codes`; and numbers [rows, columns] of `width`
+ * bytes each, 1, 2 or 4, into [tile, column, 16]: dense values, scales, super-scales. */
+SWARMD_API void swarmd_pack(int32_t bits, int32_t rows, int32_t columns, const uint32_t *q, uint8_t *codes);
+SWARMD_API void swarmd_pack_numbers(int32_t width, int32_t rows, int32_t columns, const uint8_t *values, uint8_t *out);
 
 /* Rows `ids` of a matrix as fp32 [count, columns]. */
 SWARMD_API void swarmd_rows(const SwarmdMatrix *matrix, const int32_t *ids, int32_t count, float *out);

@@ -1,20 +1,23 @@
-// One row of a segment as fp32, exactly as the canonical form defines it: code * scale + bias, rounded once.
+// One row of a segment as fp32, exactly as the canonical form defines it: level * scale + bias, each rounded once, or
+// (level - offset) * scale.
 
-template <int BITS>
+template <typename Form>
 static inline void quantized_row(const SwarmdSegment &segment, int row, float *out) {
-  const int groups = segment.columns / kGroup, lane = row % kTile, part = lane / kLanes;
-  const int scales_of_group = segment.biased ? 2 * kTile : kTile;
-  const size_t first = static_cast<size_t>(row / kTile) * groups;
-  for (int g = 0; g < groups; g++) {
+  const int chunks = segment.columns / kGroup, groups = segment.columns / segment.group_size;
+  const int lane = row % kTile, part = lane / kLanes;
+  const size_t first = static_cast<size_t>(row / kTile) * chunks;
+  for (int chunk = 0; chunk < chunks; chunk++) {
     Bytes w[8];
-    unpack<BITS>(segment.codes + (first + g) * BITS * 64 + part * kLanes * 4, w);
-    const uint16_t *scales = segment.scales + (first + g) * scales_of_group + lane;
-    const float scale = half_to_float(scales[0]);
-    const float bias = segment.biased ? half_to_float(scales[kTile]) : scale * -(1 << (BITS - 1));
+    load_levels<Form>(segment, segment.codes + (first + chunk) * Form::kBits * 64 + part * kLanes * 4, w);
     for (int k = 0; k < kGroup; k++) {
+      const int column = chunk * kGroup + k, group = column / segment.group_size;
       uint8_t lanes[4 * kLanes];
       __builtin_memcpy(lanes, &w[k / 4], sizeof lanes);
-      out[g * kGroup + k] = static_cast<float>(lanes[lane % kLanes * 4 + k % 4]) * scale + bias;
+      const int level = lanes[lane % kLanes * 4 + k % 4];
+      const float scale = number_at(segment.scale, row, groups, group);
+      out[column] = segment.bias.values
+                        ? static_cast<float>(level) * scale + number_at(segment.bias, row, groups, group)
+                        : static_cast<float>(level - segment.offset) * scale;
     }
   }
 }
@@ -35,12 +38,13 @@ static void rows(const SwarmdSegment &segment, int row, float *out) {
       }
       return;
   }
+  if (segment.table) return quantized_row<Quantized<4, true>>(segment, row, out);
   switch (segment.bits) {
-    case 2: return quantized_row<2>(segment, row, out);
-    case 3: return quantized_row<3>(segment, row, out);
-    case 4: return quantized_row<4>(segment, row, out);
-    case 5: return quantized_row<5>(segment, row, out);
-    case 6: return quantized_row<6>(segment, row, out);
-    case 8: return quantized_row<8>(segment, row, out);
+    case 2: return quantized_row<Quantized<2>>(segment, row, out);
+    case 3: return quantized_row<Quantized<3>>(segment, row, out);
+    case 4: return quantized_row<Quantized<4>>(segment, row, out);
+    case 5: return quantized_row<Quantized<5>>(segment, row, out);
+    case 6: return quantized_row<Quantized<6>>(segment, row, out);
+    case 8: return quantized_row<Quantized<8>>(segment, row, out);
   }
 }
