@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from swarmd.node.engine.backends.base import Array, AttentionShape, Backend, LayerCache, RowSpan
 from swarmd.node.engine.spec import ArchSpec
 from swarmd.node.engine.stage_compute import Logits
-from swarmd.node.engine.weights import LayerWeights, Linear, MlpWeights, MoeWeights, StageWeights
+from swarmd.node.engine.weights import LatentWeights, LayerWeights, Linear, MlpWeights, MoeWeights, StageWeights
 
 
 class Decoder:
@@ -61,9 +61,32 @@ class Decoder:
         caches: Sequence[LayerCache],
     ) -> Array:
         weights = layer.attention
-        qkv = self._linear(self._norm(x, weights.norm), weights.qkv)
-        mixed = self._backend.attention(qkv, shape, weights, rotation, spans, caches)
+        normed = self._norm(x, weights.norm)
+        if isinstance(weights, LatentWeights):
+            mixed = self._attend_to_latents(normed, weights, shape, rotation, spans, caches)
+        else:
+            qkv = self._linear(normed, weights.qkv)
+            mixed = self._backend.attention(qkv, shape, weights, rotation, spans, caches)
         return self._add(x, self._norm(self._linear(mixed, weights.output), weights.post_norm))
+
+    def _attend_to_latents(
+        self,
+        x: Array,
+        weights: LatentWeights,
+        shape: AttentionShape,
+        rotation: Array | None,
+        spans: Sequence[RowSpan],
+        caches: Sequence[LayerCache],
+    ) -> Array:
+        backend, latent = self._backend, shape.latent
+        assert latent is not None
+        made_from = x
+        if weights.q_a is not None:
+            made_from = backend.rms_norm(self._linear(x, weights.q_a), weights.q_a_norm, latent.eps)
+        queries = self._linear(made_from, weights.q)
+        latents = backend.rms_norm(self._linear(x, weights.kv_a), weights.kv_a_norm, latent.eps)
+        keys = self._linear(x, weights.k_rope)
+        return backend.latent_attention(queries, keys, latents, shape, weights, rotation, spans, caches)
 
     def _feed_forward(self, layer: LayerWeights, x: Array) -> Array:
         normed = self._norm(x, layer.mlp_norm)
@@ -109,4 +132,5 @@ def _attention_shape(spec: ArchSpec, layer: int) -> AttentionShape:
         rope=described.rope,
         qk_norm=spec.qk_norm,
         eps=spec.rms_eps,
+        latent=spec.latent,
     )

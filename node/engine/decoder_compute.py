@@ -26,7 +26,7 @@ class DecoderCompute:
         self._hidden_size = spec.hidden_size
         self._backend = backend
         self._decoder = Decoder(spec, start, weights, backend)
-        self._cache = KvCache(backend, end - start, spec.n_kv_heads, spec.head_dim, kv_tokens)
+        self._cache = KvCache(backend, end - start, spec.cache, kv_tokens)
 
     @classmethod
     def load(

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from swarmd.node.engine.backends.base import Backend, LayerCache
+from swarmd.node.engine.spec import CacheShape
 from swarmd.node.engine.stage_compute import KvExhausted, StepError
 
 GROWTH_TOKENS = 64
@@ -27,12 +28,11 @@ class _Sequence:
 class KvCache:
     """The caches of `n_layers` layers for any number of sequences; all counts are in tokens."""
 
-    def __init__(self, backend: Backend, n_layers: int, kv_heads: int, head_dim: int, capacity: int) -> None:
+    def __init__(self, backend: Backend, n_layers: int, shape: CacheShape, capacity: int) -> None:
         self.capacity = capacity
         self._backend = backend
         self._n_layers = n_layers
-        self._kv_heads = kv_heads
-        self._head_dim = head_dim
+        self._shape = shape
         self._sequences: dict[int, _Sequence] = {}
 
     def open(self, seq: int) -> None:
@@ -115,5 +115,5 @@ class KvCache:
             return
         for i, old in enumerate(sequence.layers):
             keep = min(sequence.length, room)
-            sequence.layers[i] = self._backend.new_cache(self._kv_heads, self._head_dim, room, old, keep)
+            sequence.layers[i] = self._backend.new_cache(self._shape, room, old, keep)
         sequence.room = room

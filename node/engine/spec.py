@@ -98,8 +98,8 @@ class MoeSpec:
     Scores of all experts are softmax or sigmoid of the router's outputs; the `top_k` best run, weighted by their
     scores, divided by their sum if `normalize`, times `scale`. `shared_ffn_size` > 0: an expert that always runs, with
     `shared_gate` weighted by the sigmoid of one more output. With `n_groups` > 1 only the experts of the `top_groups`
-    groups whose two best sum highest are candidates, and `selection_bias` is added to scores for choosing only
-    (DeepSeek-V3, arXiv:2412.19437).
+    groups whose `group_best` best sum highest are candidates (1 in DeepSeek-V2, 2 in V3), and `selection_bias` is added
+    to scores for choosing only (DeepSeek-V3, arXiv:2412.19437).
     """
 
     n_experts: int
@@ -114,7 +114,34 @@ class MoeSpec:
     shared_gate: bool = False
     n_groups: int = 1
     top_groups: int = 1
+    group_best: int = 2
     selection_bias: bool = False
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1).
+
+    Keys and values of all heads are products of one latent of `kv_rank` numbers per token and a matrix per head:
+    `nope_dim` of each key, to which `rope_dim` rotated ones that all heads share are joined, and `value_dim` of each
+    value. Queries are made by way of `q_rank` numbers, or directly (None). Latents are normed, with `eps`.
+    """
+
+    q_rank: int | None
+    kv_rank: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+    eps: float = 1e-6
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """What a layer keeps of each token: `heads` times a key of `key_dim` and a value of `value_dim` numbers."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
 
 
 NormPlacement = Literal["before", "after", "both"]
@@ -134,7 +161,8 @@ class ArchSpec:
     `layers` has one entry per layer. Softcaps are c: x -> c tanh(x / c). `attention_scale` multiplies q.k.
     `embedding_multiplier` is applied after the embedding, `residual_multiplier` to what attention and MLP add,
     `logit_multiplier` to the head's outputs. `tied_embeddings`: the head is the embedding matrix. Norm weights are what
-    x / rms is multiplied by: readers of files that hold weight - 1 (Gemma) add the 1.
+    x / rms is multiplied by: readers of files that hold weight - 1 (Gemma) add the 1. With `latent`, `head_dim` is that
+    of queries and keys.
     """
 
     architecture: str
@@ -163,6 +191,7 @@ class ArchSpec:
     residual_multiplier: float = 1.0
     logit_multiplier: float = 1.0
     moe: MoeSpec | None = None
+    latent: LatentAttention | None = None
 
     def __post_init__(self) -> None:
         if self.attention_scale == 0.0:
@@ -172,3 +201,10 @@ class ArchSpec:
     def n_layers(self) -> int:
         """Number of decoder layers."""
         return len(self.layers)
+
+    @property
+    def cache(self) -> CacheShape:
+        """What a layer keeps of a token. Latents stand where values do: both keys and values are made from them."""
+        if self.latent is None:
+            return CacheShape(self.n_kv_heads, self.head_dim, self.head_dim)
+        return CacheShape(1, self.latent.rope_dim, self.latent.kv_rank)

@@ -7,7 +7,7 @@ different things in different models, Gemma's. Readers of files translate. Q and
 
 from __future__ import annotations
 
-from swarmd.node.engine.spec import ArchSpec, FactorsScaling, MoeSpec
+from swarmd.node.engine.spec import ArchSpec, FactorsScaling, LatentAttention, MoeSpec
 
 EMBEDDING = "model.embed_tokens.weight"
 OUTPUT_NORM = "model.norm.weight"
@@ -51,19 +51,31 @@ def layer_prefix(layer: int) -> str:
 
 def layer_shapes(spec: ArchSpec, layer: int) -> Shapes:
     """The tensors of one layer."""
-    parts = _attention_shapes(spec)
+    parts = _norm_shapes(spec)
+    parts |= _latent_shapes(spec, spec.latent) if spec.latent else _attention_shapes(spec)
     parts |= _moe_shapes(spec.moe, spec.hidden_size) if spec.layers[layer].moe and spec.moe else _mlp_shapes(spec)
     prefix = layer_prefix(layer)
     return {prefix + name: shape for name, shape in parts.items()}
 
 
-def _attention_shapes(spec: ArchSpec) -> Shapes:
-    hidden, queries, keys = spec.hidden_size, spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
+def kept_dense(name: str) -> bool:
+    """Whether a matrix is kept as fp32 whatever the file has: that of latents, which is multiplied from both sides."""
+    return name.endswith("self_attn.kv_b_proj.weight")
+
+
+def _norm_shapes(spec: ArchSpec) -> Shapes:
+    hidden = spec.hidden_size
     shapes: Shapes = {}
     if spec.norms in ("before", "both"):
         shapes |= {"input_layernorm.weight": (hidden,), "pre_feedforward_layernorm.weight": (hidden,)}
     if spec.norms in ("after", "both"):
         shapes |= {"post_attention_layernorm.weight": (hidden,), "post_feedforward_layernorm.weight": (hidden,)}
+    return shapes
+
+
+def _attention_shapes(spec: ArchSpec) -> Shapes:
+    hidden, queries, keys = spec.hidden_size, spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
+    shapes: Shapes = {}
     for part, rows in (("q", queries), ("k", keys), ("v", keys)):
         shapes[f"self_attn.{part}_proj.weight"] = (rows, hidden)
         if spec.qkv_bias:
@@ -78,6 +90,29 @@ def _attention_shapes(spec: ArchSpec) -> Shapes:
     if spec.sinks:
         shapes["self_attn.sinks"] = (spec.n_heads,)
     return shapes
+
+
+def _latent_shapes(spec: ArchSpec, latent: LatentAttention) -> Shapes:
+    """Rows of the queries' matrix are head by head, first those that are not rotated; so are those of `kv_b_proj`,
+    first a head's key."""
+    hidden, heads = spec.hidden_size, spec.n_heads
+    made_from = latent.q_rank or hidden
+    shapes: Shapes = {}
+    if latent.q_rank is not None:
+        shapes["self_attn.q_a_proj.weight"] = (latent.q_rank, hidden)
+        shapes["self_attn.q_a_layernorm.weight"] = (latent.q_rank,)
+    shapes[f"self_attn.{query_stem(latent)}.weight"] = (heads * spec.head_dim, made_from)
+    shapes["self_attn.kv_a_proj.weight"] = (latent.kv_rank, hidden)
+    shapes["self_attn.kv_a_layernorm.weight"] = (latent.kv_rank,)
+    shapes["self_attn.k_rope_proj.weight"] = (latent.rope_dim, hidden)
+    shapes["self_attn.kv_b_proj.weight"] = (heads * (latent.nope_dim + latent.value_dim), latent.kv_rank)
+    shapes["self_attn.o_proj.weight"] = (hidden, heads * latent.value_dim)
+    return shapes
+
+
+def query_stem(latent: LatentAttention) -> str:
+    """What makes all heads' queries."""
+    return "q_proj" if latent.q_rank is None else "q_b_proj"
 
 
 def _mlp_shapes(spec: ArchSpec) -> Shapes:

@@ -9,7 +9,7 @@ import numpy as np
 
 from swarmd.node.engine.backends.base import Array, Prepared, PreparedExperts, WeightKeeper
 from swarmd.node.engine.rope import rope_table
-from swarmd.node.engine.spec import ArchSpec, FactorsScaling, RopeSpec
+from swarmd.node.engine.spec import ArchSpec, FactorsScaling, LatentAttention, RopeSpec
 from swarmd.node.engine.tensors import (
     EMBEDDING,
     OUTPUT_NORM,
@@ -17,6 +17,7 @@ from swarmd.node.engine.tensors import (
     head_name,
     layer_prefix,
     layer_shapes,
+    query_stem,
     tensor_shapes,
 )
 from swarmd.node.models.checkpoint import Checkpoint
@@ -47,6 +48,25 @@ class AttentionWeights:
 
 
 @dataclass(frozen=True)
+class LatentWeights:
+    """Multi-head latent attention. Queries are `q` of the input, or of what `q_a` and `q_a_norm` make of it.
+
+    `kv_b` is fp32 [heads, nope_dim + value_dim, kv_rank]: from a latent to a head's key, before rotation, and value.
+    """
+
+    norm: Array | None
+    q_a: Linear | None
+    q_a_norm: Array | None
+    q: Linear
+    kv_a: Linear
+    kv_a_norm: Array
+    k_rope: Linear
+    kv_b: Array
+    output: Linear
+    post_norm: Array | None
+
+
+@dataclass(frozen=True)
 class MlpWeights:
     """A gated MLP; gate and up are one matrix, gate first."""
 
@@ -69,7 +89,7 @@ class MoeWeights:
 class LayerWeights:
     """One decoder layer, as a backend keeps it."""
 
-    attention: AttentionWeights
+    attention: AttentionWeights | LatentWeights
     mlp_norm: Array | None
     mlp: MlpWeights | MoeWeights
     mlp_post_norm: Array | None
@@ -150,8 +170,9 @@ class _Loader:
         prefix = layer_prefix(layer)
         self._present = frozenset(layer_shapes(self._spec, layer))
         moe = self._spec.layers[layer].moe and self._spec.moe is not None
+        latent = self._spec.latent
         return LayerWeights(
-            attention=self._attention(prefix),
+            attention=self._attention(prefix) if latent is None else self._latent(prefix, latent),
             mlp_norm=self._optional(f"{prefix}pre_feedforward_layernorm.weight"),
             mlp=self._moe(f"{prefix}mlp.") if moe else self._mlp(f"{prefix}mlp."),
             mlp_post_norm=self._optional(f"{prefix}post_feedforward_layernorm.weight"),
@@ -165,6 +186,21 @@ class _Loader:
             q_norm=self._optional(f"{attention}q_norm.weight"),
             k_norm=self._optional(f"{attention}k_norm.weight"),
             sinks=self._optional(f"{attention}sinks"),
+            output=self._linear(f"{attention}o_proj"),
+            post_norm=self._optional(f"{prefix}post_attention_layernorm.weight"),
+        )
+
+    def _latent(self, prefix: str, latent: LatentAttention) -> LatentWeights:
+        attention = f"{prefix}self_attn."
+        return LatentWeights(
+            norm=self._optional(f"{prefix}input_layernorm.weight"),
+            q_a=None if latent.q_rank is None else self._linear(f"{attention}q_a_proj"),
+            q_a_norm=self._optional(f"{attention}q_a_layernorm.weight"),
+            q=self._linear(f"{attention}{query_stem(latent)}"),
+            kv_a=self._linear(f"{attention}kv_a_proj"),
+            kv_a_norm=self._vector(f"{attention}kv_a_layernorm.weight"),
+            k_rope=self._linear(f"{attention}k_rope_proj"),
+            kv_b=self._vector(f"{attention}kv_b_proj.weight", heads=self._spec.n_heads),
             output=self._linear(f"{attention}o_proj"),
             post_norm=self._optional(f"{prefix}post_attention_layernorm.weight"),
         )
@@ -205,10 +241,11 @@ class _Loader:
     def _optional(self, name: str) -> Array | None:
         return self._vector(name) if name in self._present else None
 
-    def _vector(self, *names: str) -> Array:
+    def _vector(self, *names: str, heads: int = 0) -> Array:
+        """`heads`: of a matrix that is kept dense, [heads, rows of each, columns]."""
         values = self._values(names)
         self._held += values.nbytes
-        return self._keeper.prepare_vector(values)
+        return self._keeper.prepare_vector(values.reshape(heads, -1, values.shape[1]) if heads else values)
 
     def _values(self, names: Sequence[str]) -> np.ndarray:
         values = np.concatenate([self._checkpoint.read(name).dequantize() for name in names])

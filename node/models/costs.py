@@ -4,10 +4,12 @@ is loaded.
 
 from __future__ import annotations
 
+from math import prod
+
 from swarmd.node.engine.backends.base import TILE_ELEMENTS, tile_rows
 from swarmd.node.engine.cpu.bindings import TILE
-from swarmd.node.engine.spec import ArchSpec
-from swarmd.node.engine.tensors import EMBEDDING, OUTPUT_NORM, head_name, layer_shapes, tensor_shapes
+from swarmd.node.engine.spec import ArchSpec, CacheShape
+from swarmd.node.engine.tensors import EMBEDDING, OUTPUT_NORM, head_name, kept_dense, layer_shapes, tensor_shapes
 from swarmd.node.models.checkpoint import Checkpoint
 from swarmd.partition.costs import ModelCosts
 
@@ -22,11 +24,12 @@ EXPERT_ROWS = 1024
 
 
 def model_costs(checkpoint: Checkpoint, *, native: bool = True) -> ModelCosts:
-    """The costs of every possible stage, computed by our own kernels or else by plain torch.
+    """The costs of every possible stage, computed by our own kernels, if they can, or else by plain torch.
 
     Raises ModelFileError for missing tensors and unsupported types anywhere.
     """
     spec = checkpoint.spec
+    native = native and spec.latent is None
     checkpoint.check(0, spec.n_layers)
     shapes = tensor_shapes(spec, 0, spec.n_layers)
     sizes = {name: _held(checkpoint, name, shape) for name, shape in shapes.items()}
@@ -35,10 +38,15 @@ def model_costs(checkpoint: Checkpoint, *, native: bool = True) -> ModelCosts:
         layer_bytes=tuple(sum(map(sizes.__getitem__, layer_shapes(spec, layer))) for layer in range(spec.n_layers)),
         embedding_bytes=sizes[EMBEDDING],
         head_bytes=sizes[OUTPUT_NORM] + head,
-        kv_bytes_per_token=spec.n_kv_heads * (spec.head_dim + _whole_tiles(spec.head_dim)) * (2 if native else 4),
+        kv_bytes_per_token=_kv_bytes(spec.cache, native),
         workspace_bytes=_native_workspace(spec) if native else _torch_workspace(spec),
         shared_bytes=head if spec.tied_embeddings else 0,
     )
+
+
+def _kv_bytes(cache: CacheShape, native: bool) -> int:
+    """Of a token in a layer. Our own kernels keep fp16, and values in whole tiles."""
+    return cache.heads * (cache.key_dim + _whole_tiles(cache.value_dim)) * (2 if native else 4)
 
 
 def _native_workspace(spec: ArchSpec) -> int:
@@ -90,6 +98,8 @@ def _torch_workspace(spec: ArchSpec) -> int:
     columns = max(spec.hidden_size, ffn, spec.n_heads * spec.head_dim)
     tile = max(TILE_ELEMENTS, tile_rows(columns) * columns) * 5
     qkv = (spec.n_heads + 2 * spec.n_kv_heads) * spec.head_dim
+    if spec.latent:  # queries, and what they become and attention gives in the latents' space
+        qkv = spec.n_heads * (spec.head_dim + spec.latent.kv_rank)
     activations = STEP_ROWS * 4 * (4 * spec.hidden_size + 2 * qkv + 4 * ffn)
     # fp32 logits twice: tiles, then joined.
     return tile + activations + _logits(spec, 2 * 4)
@@ -101,8 +111,8 @@ def _logits(spec: ArchSpec, bytes_each: int) -> int:
 
 
 def _held(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> int:
-    if len(shape) == 1:
-        return shape[0] * 4
+    if len(shape) == 1 or kept_dense(name):
+        return prod(shape) * 4
     # Our own kernels fill up a matrix's rows to whole tiles.
     return checkpoint.form(name).nbytes(_whole_tiles(shape[0]), shape[1])
 

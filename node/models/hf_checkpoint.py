@@ -13,7 +13,8 @@ from swarmd.node.engine.tensors import tensor_shapes
 from swarmd.node.models.checkpoint import FileRange
 from swarmd.node.models.errors import ModelFileError
 from swarmd.node.models.folder_files import MIB, read_json
-from swarmd.node.models.hf_config import family_of, spec_from_config
+from swarmd.node.models.hf_config import family_of, rotates_neighbours, spec_from_config
+from swarmd.node.models.hf_latent import row_order
 from swarmd.node.models.hf_names import HARMLESS, Places, Source
 from swarmd.node.models.hf_quantized import packing_of
 from swarmd.node.models.layout import layout_of
@@ -32,6 +33,7 @@ class HFCheckpoint:
         self._files = files
         self._packing = packing_of(config)
         self._plus_one = family_of(config).norm_plus_one
+        self._reordered = rotates_neighbours(config)
         places = Places(self.spec, family_of(config), self._has)
         self._prefix = places.prefix()
         self._shapes = tensor_shapes(self.spec, 0, self.spec.n_layers)
@@ -63,7 +65,8 @@ class HFCheckpoint:
         weight = self._packing.read(self._source(tensor), self._files)
         if self._plus_one and tensor.endswith("norm.weight"):
             return DenseWeight(weight.dequantize() + np.float32(1), "f32")
-        return weight
+        order = row_order(self.spec, tensor) if self._reordered else None
+        return weight if order is None else weight.take(order)
 
     def check(self, start: int, end: int) -> None:
         """See `Checkpoint`."""

@@ -7,7 +7,6 @@ from typing import Any, cast
 
 from swarmd.node.engine.spec import (
     MAX_CONTEXT,
-    MAX_EXPERTS,
     MAX_LAYERS,
     MAX_VOCAB,
     MAX_WIDTH,
@@ -21,7 +20,9 @@ from swarmd.node.engine.spec import (
 from swarmd.node.models.errors import ModelFileError
 from swarmd.node.models.hf_families import FAMILIES, NEUTRAL, WHY_NOT, WRAPPERS, Family
 from swarmd.node.models.hf_keys import ConfigKeys
-from swarmd.node.models.hf_rope import FULL, SLIDING, ropes_of
+from swarmd.node.models.hf_latent import latent_of, side_by_side
+from swarmd.node.models.hf_moe import mixed_layers, moe_of
+from swarmd.node.models.hf_rope import FULL, SLIDING, ropes_of, score_factor
 
 _ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
@@ -37,12 +38,18 @@ def spec_from_config(config: Mapping[str, Any]) -> ArchSpec:
     hidden = keys.integer("hidden_size", maximum=MAX_WIDTH)
     n_heads = keys.integer("num_attention_heads", maximum=MAX_WIDTH)
     n_kv_heads = keys.integer("num_key_value_heads", maximum=MAX_WIDTH, default=n_heads)
-    head_dim = keys.integer("head_dim", maximum=MAX_WIDTH, default=hidden // n_heads)
+    latent = latent_of(keys, family)
+    if latent:
+        head_dim = latent.nope_dim + latent.rope_dim
+    else:
+        head_dim = keys.integer("head_dim", maximum=MAX_WIDTH, default=hidden // n_heads)
+    if latent and n_kv_heads != n_heads:
+        keys.refuse("num_key_value_heads", n_kv_heads, f"it must be {n_heads}, as many as attention heads")
     if n_heads % n_kv_heads:
         keys.refuse("num_key_value_heads", n_kv_heads, f"it must divide the {n_heads} attention heads")
     n_layers = keys.integer("num_hidden_layers", maximum=MAX_LAYERS)
-    ropes = ropes_of(keys, family, head_dim)
-    moe = _moe(keys, family)
+    ropes = ropes_of(keys, family, latent.rope_dim if latent else head_dim)
+    moe = moe_of(keys, family)
     qkv_bias, output_bias = _attention_biases(keys, family)
     spec = ArchSpec(
         architecture=str(values["model_type"]),
@@ -64,10 +71,11 @@ def spec_from_config(config: Mapping[str, Any]) -> ArchSpec:
         output_bias=output_bias,
         mlp_bias=family.mlp_bias and keys.flag("mlp_bias"),
         sinks=family.sinks,
-        attention_scale=_attention_scale(keys, family, head_dim),
+        attention_scale=_attention_scale(keys, family, head_dim, ropes[0]),
         attention_softcap=keys.optional_number("attn_logit_softcapping") if family.softcaps else None,
         logit_softcap=keys.optional_number("final_logit_softcapping") if family.softcaps else None,
         moe=moe,
+        latent=latent,
         **_multipliers(keys, family, hidden),
     )
     _refuse_unread(keys)
@@ -77,6 +85,12 @@ def spec_from_config(config: Mapping[str, Any]) -> ArchSpec:
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family that a config.json names. Raises ModelFileError for an unknown one."""
     return _family_of(config)[0]
+
+
+def rotates_neighbours(config: Mapping[str, Any]) -> bool:
+    """Whether the files' rows are in an order that `hf_latent.row_order` undoes. Raises ModelFileError."""
+    family, values = _family_of(config)
+    return side_by_side(ConfigKeys(values, defaults=family.defaults), family)
 
 
 def _family_of(config: Mapping[str, Any]) -> tuple[Family, Mapping[str, Any]]:
@@ -136,10 +150,12 @@ def _attention_biases(keys: ConfigKeys, family: Family) -> tuple[bool, bool]:
             return keys.flag("attention_bias"), keys.flag("attention_out_bias")
 
 
-def _attention_scale(keys: ConfigKeys, family: Family, head_dim: int) -> float:
+def _attention_scale(keys: ConfigKeys, family: Family, head_dim: int, rope: RopeSpec) -> float:
     match family.scale:
         case "head_dim":
             return head_dim**-0.5
+        case "head_dim and yarn":
+            return head_dim**-0.5 * score_factor(keys, rope)
         case "query_pre_attn_scalar":
             return keys.number("query_pre_attn_scalar") ** -0.5
         case "attention_multiplier":
@@ -166,29 +182,10 @@ def _context(keys: ConfigKeys, rope: RopeSpec) -> int:
     return said
 
 
-def _moe(keys: ConfigKeys, family: Family) -> MoeSpec | None:
-    kind = family.moe
-    if kind is None:
-        return None
-    n_experts = keys.integer("num_local_experts", "num_experts", maximum=MAX_EXPERTS)
-    size = ("moe_intermediate_size", "intermediate_size") if kind == "qwen" else ("intermediate_size",)
-    shared = keys.integer(family.shared_size, minimum=0, maximum=MAX_WIDTH) if family.shared_size else 0
-    return MoeSpec(
-        n_experts=n_experts,
-        top_k=keys.integer("num_experts_per_tok", "experts_per_token", maximum=n_experts),
-        ffn_size=keys.integer(*size, maximum=MAX_WIDTH),
-        normalize=keys.flag("norm_topk_prob") if kind == "qwen" else True,
-        router_bias=kind == "gpt_oss",
-        expert_bias=kind == "gpt_oss",
-        shared_ffn_size=shared,
-        shared_gate=kind == "qwen" and shared > 0,
-    )
-
-
 def _layers(keys: ConfigKeys, family: Family, count: int, moe: MoeSpec | None) -> tuple[LayerSpec, ...]:
     rotated = _rotated(keys, family, count)
     windows = _windows(keys, family, rotated)
-    mixed = _mixed(keys, family, count) if moe else [False] * count
+    mixed = mixed_layers(keys, family, count) if moe else [False] * count
     described = zip(windows, rotated, mixed, strict=True)
     return tuple(
         LayerSpec(window, int(window is not None and family.local_rope) if rotates else None, moe=mix)
@@ -256,15 +253,6 @@ def _layer_types(keys: ConfigKeys, count: int) -> list[str] | None:
         if kind not in (FULL, SLIDING):
             keys.refuse("layer_types", kind, f"supported are {FULL} and {SLIDING}")
     return cast(list[str], types)
-
-
-def _mixed(keys: ConfigKeys, family: Family, count: int) -> list[bool]:
-    """Whether each layer's MLP is a mixture of experts."""
-    if family.moe != "qwen":
-        return [True] * count
-    step = keys.integer("decoder_sparse_step", maximum=MAX_LAYERS, default=1)
-    plain = set(keys.integers("mlp_only_layers", maximum=MAX_LAYERS) or ())
-    return [layer not in plain and (layer + 1) % step == 0 for layer in range(count)]
 
 
 def _refuse_unread(keys: ConfigKeys) -> None:

@@ -19,11 +19,13 @@ Windows = Literal["never", "all", "later", "period", "no rope"]
 """Which layers have the window where `layer_types` is not given: none; all; those from max_window_layers on; all but
 the last of each period; those without positions."""
 
-Scale = Literal["head_dim", "query_pre_attn_scalar", "attention_multiplier"]
-"""What q.k is multiplied by: head_dim or the key to the power of -1/2, or the last key itself."""
+Scale = Literal["head_dim", "head_dim and yarn", "query_pre_attn_scalar", "attention_multiplier"]
+"""What q.k is multiplied by: head_dim to the power of -1/2; that, times what YaRN's mscale_all_dim says; the key to
+that power; or the last key itself."""
 
-MoeKind = Literal["mixtral", "qwen", "gpt_oss"]
-"""Mixtral's, of all layers; Qwen's, with keys for everything; gpt-oss', with biases."""
+MoeKind = Literal["mixtral", "qwen", "gpt_oss", "deepseek_v2", "deepseek_v3"]
+"""Mixtral's, of all layers; Qwen's, with keys for everything; gpt-oss', with biases; DeepSeek's, in groups, behind some
+layers without: V2's by softmax, V3's by sigmoid and a bias for choosing."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Family:
     no_rope: bool = False
     """`no_rope_layers` and `no_rope_layer_interval` say which layers have no positions."""
     sinks: bool = False
+    latent: bool = False
+    """Multi-head latent attention."""
     moe: MoeKind | None = None
     shared_size: str = ""
     """The key of a shared expert's size."""
@@ -190,6 +194,30 @@ FAMILIES: dict[str, Family] = {
         interleaved_experts=True,
         defaults={"rms_norm_eps": 1e-5, "attention_bias": True, "head_dim": 64, "rope_theta": 15e4},
     ),
+    "deepseek_v2": Family(
+        scale="head_dim and yarn",
+        latent=True,
+        moe="deepseek_v2",
+        defaults={
+            "topk_method": "greedy",
+            "routed_scaling_factor": 1.0,
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 0,
+        },
+    ),
+    "deepseek_v3": Family(
+        scale="head_dim and yarn",
+        latent=True,
+        moe="deepseek_v3",
+        defaults={
+            "n_group": 8,
+            "topk_group": 4,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 3,
+        },
+    ),
 }
 """By model_type."""
 
@@ -197,9 +225,8 @@ WRAPPERS = ("gemma3", "mistral3")
 """Models of text and images whose `text_config` is one of the families; images can't be given."""
 
 WHY_NOT = {
-    "deepseek_v2": "its multi-head latent attention is not supported yet",
-    "deepseek_v3": "its multi-head latent attention is not supported yet",
-    "kimi_k2": "its multi-head latent attention is not supported yet",
+    "deepseek_v32": "its sparse attention is not supported yet",
+    "kimi_k2": "its tokenizer is not supported yet",
     "qwen3_next": "its linear attention is not supported yet",
     "llama4": "its chunked attention is not supported yet",
     "gemma3n": "its per-layer embeddings are not supported yet",

@@ -25,7 +25,9 @@ _EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(gate|up|down)_proj\.(weight|bias)")
 _MIXTRAL = {"gate": "w1", "up": "w3", "down": "w2"}
 _RENAMED = {
     "mlp.router": ("mlp.gate", "block_sparse_moe.gate", "block_sparse_moe.router.layer"),
-    "mlp.shared_expert.down_proj": ("shared_mlp.output_linear",),
+    "mlp.shared_expert.gate_proj": ("mlp.shared_experts.gate_proj",),
+    "mlp.shared_expert.up_proj": ("mlp.shared_experts.up_proj",),
+    "mlp.shared_expert.down_proj": ("shared_mlp.output_linear", "mlp.shared_experts.down_proj"),
 }
 
 
@@ -85,6 +87,13 @@ class Places:
         stem, _, kind = part.rpartition(".")
         if found := _EXPERT.fullmatch(part):
             yield from self._of_expert(int(found[1]), found[2], found[3])
+            return
+        if part == "mlp.router.selection_bias":
+            yield Source("mlp.gate.e_score_correction_bias")
+            return
+        if (latent := self.spec.latent) and stem in ("self_attn.kv_a_proj", "self_attn.k_rope_proj"):
+            first = 0 if stem.endswith("kv_a_proj") else latent.kv_rank
+            yield Source(f"self_attn.kv_a_proj_with_mqa.{kind}", first=first, total=latent.kv_rank + latent.rope_dim)
             return
         yield Source(part)
         yield from (Source(f"{other}.{kind}") for other in _RENAMED.get(stem, ()))

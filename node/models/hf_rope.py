@@ -39,6 +39,16 @@ def ropes_of(config: ConfigKeys, family: Family, head_dim: int) -> tuple[RopeSpe
     return (full, RopeSpec(local, full.dim))
 
 
+def score_factor(config: ConfigKeys, rope: RopeSpec) -> float:
+    """What DeepSeek multiplies attention's scores by beside head_dim ** -0.5 (`yarn_apply_mscale` in
+    modeling_deepseek_v3.py)."""
+    scaling = config.table("rope_scaling") or config.table("rope_parameters")
+    if scaling is None or not isinstance(rope.scaling, YarnScaling):
+        return 1.0
+    all_dim = scaling.optional_number("mscale_all_dim")
+    return _magnitude(rope.scaling.factor, all_dim) ** 2 if all_dim else 1.0
+
+
 def _by_type(
     config: ConfigKeys, parameters: ConfigKeys, family: Family, theta: float, head_dim: int
 ) -> tuple[RopeSpec, ...]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers as hf
-from support.tiny_hf import CASES, EXPERTS, LOCAL_EXPERTS, PHI3_LONG, _case
+from support.tiny_hf import CASES, EXPERTS, LOCAL_EXPERTS, PHI3_LONG, YARN, _case
 
 from swarmd.node.engine.backends.torch_cpu import TorchCpuBackend
 from swarmd.node.engine.decoder_compute import DecoderCompute
@@ -27,8 +27,23 @@ PROMPT = 40
 """Longer than every window."""
 LONG_PROMPT = 140
 """Longer than every original context that a rotary embedding is scaled from."""
-SCALED = ("llama 3", "llama yarn", "qwen2 yarn", "phi3 long", "phi4-mini", "olmo3", "gpt-oss")
+SCALED = (
+    *("llama 3", "llama yarn", "qwen2 yarn", "phi3 long", "phi4-mini", "olmo3", "gpt-oss"),
+    *("deepseek_v2 lite", "deepseek_v2 in groups", "deepseek_v3"),
+)
 FP32_TOLERANCE = 2e-4
+
+LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 40,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "n_routed_experts": 12,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+}
+"""DeepSeek's sizes, no two of them alike."""
 
 FOLDERS: dict[str, Callable[[], hf.PreTrainedModel]] = {
     **CASES,
@@ -51,6 +66,47 @@ FOLDERS: dict[str, Callable[[], hf.PreTrainedModel]] = {
     ),
     "gemma": _case(hf.GemmaConfig, hf.GemmaForCausalLM, head_dim=32, hidden_act="gelu_pytorch_tanh"),
     "olmoe": _case(hf.OlmoeConfig, hf.OlmoeForCausalLM, num_experts=6, num_experts_per_tok=2),
+    "deepseek_v2 lite": _case(
+        hf.DeepseekV2Config,
+        hf.DeepseekV2ForCausalLM,
+        **LATENT,
+        q_lora_rank=None,
+        n_shared_experts=2,
+        first_k_dense_replace=1,
+        rope_parameters={**YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+    ),
+    "deepseek_v2 in groups": _case(
+        hf.DeepseekV2Config,
+        hf.DeepseekV2ForCausalLM,
+        **LATENT,
+        q_lora_rank=24,
+        topk_method="group_limited_greedy",
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=1.7,
+        rope_parameters={**YARN, "mscale": 1.3, "mscale_all_dim": 0.8},
+    ),
+    "deepseek_v3": _case(
+        hf.DeepseekV3Config,
+        hf.DeepseekV3ForCausalLM,
+        **LATENT,
+        q_lora_rank=24,
+        n_group=4,
+        topk_group=2,
+        first_k_dense_replace=2,
+        rope_parameters={**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+    ),
+    "deepseek_v3 rotate-half": _case(
+        hf.DeepseekV3Config,
+        hf.DeepseekV3ForCausalLM,
+        **LATENT,
+        q_lora_rank=None,
+        n_group=1,
+        topk_group=1,
+        norm_topk_prob=False,
+        first_k_dense_replace=0,
+        rope_interleave=False,
+    ),
 }
 """What comes as folders, by what is special about it."""
 

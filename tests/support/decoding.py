@@ -17,7 +17,7 @@ def decoder_logits(checkpoint: Checkpoint, tokens: list[int]) -> torch.Tensor:
     spec, backend = checkpoint.spec, TorchCpuBackend()
     weights = load_stage_weights(checkpoint, 0, spec.n_layers, backend, context=len(tokens))
     decoder = Decoder(spec, 0, weights, backend)
-    cache = KvCache(backend, spec.n_layers, spec.n_kv_heads, spec.head_dim, len(tokens) + 16)
+    cache = KvCache(backend, spec.n_layers, spec.cache, len(tokens) + 16)
     cache.open(0)
     cache.reserve({0: len(tokens)})
     x = decoder.forward(decoder.embed(tokens), [RowSpan(0, len(tokens), 0)], [cache.layers(0)])

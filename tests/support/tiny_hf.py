@@ -69,6 +69,9 @@ def _randomize(model: hf.PreTrainedModel) -> None:
                 values.copy_(torch.randn_like(values) * 1.2 / values.shape[-1] ** 0.5)
             else:
                 values.copy_(0.3 * torch.randn_like(values))
+    for name, values in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            values.copy_(0.3 * torch.randn_like(values))
 
 
 CASES: dict[str, Callable[[], hf.PreTrainedModel]] = {

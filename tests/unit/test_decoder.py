@@ -38,7 +38,7 @@ class Model:
             spec = file.spec
             weights = load_stage_weights(file, 0, spec.n_layers, backend)
         self.decoder = Decoder(spec, 0, weights, backend)
-        self.cache = KvCache(backend, spec.n_layers, spec.n_kv_heads, spec.head_dim, 64)
+        self.cache = KvCache(backend, spec.n_layers, spec.cache, 64)
         self.cache.open(0)
 
     def append(self, tokens: list[int]) -> torch.Tensor:

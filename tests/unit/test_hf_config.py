@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,16 @@ import pytest
 import transformers as hf
 from support.architectures import FOLDERS
 
-from swarmd.node.engine.spec import LinearScaling, Llama3Scaling, LongRopeScaling, RopeSpec, YarnScaling
+from swarmd.node.engine.spec import (
+    CacheShape,
+    LatentAttention,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    MoeSpec,
+    RopeSpec,
+    YarnScaling,
+)
 from swarmd.node.models.errors import ModelFileError
 from swarmd.node.models.hf_config import spec_from_config
 from swarmd.node.models.hf_families import FAMILIES
@@ -57,6 +67,53 @@ GEMMA3: dict[str, Any] = {
     "vision_config": {"hidden_size": 1152},
 }
 """Gemma 3 4B's: the text's numbers are mostly left out."""
+
+
+DEEPSEEK_V3: dict[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "attention_bias": False,
+    "ep_size": 1,
+    "first_k_dense_replace": 3,
+    "hidden_act": "silu",
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "moe_intermediate_size": 2048,
+    "moe_layer_freq": 1,
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 61,
+    "num_key_value_heads": 128,
+    "num_nextn_predict_layers": 1,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "tie_word_embeddings": False,
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "v_head_dim": 128,
+    "vocab_size": 129280,
+}
+"""As published."""
 
 
 def test_llama_as_published() -> None:
@@ -147,7 +204,7 @@ def test_null_means_missing() -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"model_type": "deepseek_v3"}, "'deepseek_v3'; its multi-head latent attention"),
+        ({"model_type": "kimi_k2"}, "'kimi_k2'; its tokenizer"),
         ({"model_type": "mamba"}, "'mamba'.*supported are llama"),
         ({"model_type": ["llama"]}, "model_type"),
         ({"hidden_act": "relu"}, "hidden_act.*'relu'.*silu"),
@@ -187,6 +244,43 @@ def test_null_means_missing() -> None:
 def test_what_the_decoder_does_not_do_is_refused_by_key_and_value(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ModelFileError, match=says):
         spec_from_config({**LLAMA, **changes})
+
+
+def test_deepseek_v3_as_published() -> None:
+    spec = spec_from_config(DEEPSEEK_V3)
+    assert spec.latent == LatentAttention(q_rank=1536, kv_rank=512, nope_dim=128, rope_dim=64, value_dim=128)
+    assert (spec.head_dim, spec.cache) == (192, CacheShape(1, 64, 512))
+    assert spec.ropes == (RopeSpec(1e4, 64, YarnScaling(40.0, 4096, 32.0, 1.0, 1.0)),)
+    assert math.isclose(spec.attention_scale, 192**-0.5 * (0.1 * math.log(40) + 1) ** 2)
+    assert [layer.moe for layer in spec.layers] == [False] * 3 + [True] * 58
+    assert spec.moe == MoeSpec(
+        256, 8, 2048, "sigmoid", scale=2.5, shared_ffn_size=2048, n_groups=8, top_groups=4, selection_bias=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"scoring_func": "softmax"}, "scoring_func.*'softmax'.*'sigmoid'"),
+        ({"topk_method": "greedy"}, "topk_method.*'greedy'.*'noaux_tc'"),
+        ({"moe_layer_freq": 2}, "moe_layer_freq.*2"),
+        ({"n_group": 7}, "n_group.*7.*divide"),
+        ({"n_group": 256}, "n_group.*256.*groups of 2"),
+        ({"n_group": 128, "topk_group": 3}, "topk_group.*3.*fewer than the 8"),
+        ({"n_shared_experts": 1 << 30}, "n_shared_experts"),
+        ({"num_key_value_heads": 64}, "num_key_value_heads.*64.*128"),
+        ({"qk_rope_head_dim": 63}, "qk_rope_head_dim.*63.*even"),
+        ({"kv_lora_rank": None}, "kv_lora_rank.*missing"),
+        ({"kv_lora_rank": 1 << 40}, "kv_lora_rank"),
+        ({"attention_bias": True}, "attention_bias.*True"),
+        ({"model_type": "deepseek_v2", "scoring_func": "softmax"}, "topk_method.*'noaux_tc'.*greedy"),
+        ({"model_type": "deepseek_v2", "scoring_func": "softmax", "norm_topk_prob": True}, "norm_topk_prob.*True"),
+    ],
+)
+def test_what_the_decoder_does_not_do_of_deepseek(changes: dict[str, Any], says: str) -> None:
+    neutral = {} if "model_type" not in changes else {"norm_topk_prob": False}
+    with pytest.raises(ModelFileError, match=says):
+        spec_from_config({**DEEPSEEK_V3, **neutral, **changes})
 
 
 def test_keys_of_other_models_may_stand_at_values_that_change_nothing() -> None:

@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 
 from swarmd.node.engine.backends.torch_cpu import TorchCpuBackend
 from swarmd.node.engine.kv_cache import GROWTH_TOKENS, KvCache, KvExhausted, StepError
+from swarmd.node.engine.spec import CacheShape
 
 CAPACITY = 200
 
 
 def new_cache(capacity: int = CAPACITY) -> KvCache:
-    return KvCache(TorchCpuBackend(), 2, 1, 2, capacity)
+    return KvCache(TorchCpuBackend(), 2, CacheShape(1, 2, 2), capacity)
 
 
 def append(cache: KvCache, lengths: dict[int, int]) -> None:

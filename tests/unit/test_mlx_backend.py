@@ -21,7 +21,7 @@ from swarmd.node.engine.backends.mlx_experts import SeparateExperts, StackedExpe
 from swarmd.node.engine.backends.torch_cpu import TorchCpuBackend  # noqa: E402
 from swarmd.node.engine.kv_cache import KvCache  # noqa: E402
 from swarmd.node.engine.quantized import Weight  # noqa: E402
-from swarmd.node.engine.spec import MoeSpec  # noqa: E402
+from swarmd.node.engine.spec import CacheShape, MoeSpec  # noqa: E402
 from swarmd.node.engine.weights import AttentionWeights, Linear, MlpWeights, MoeWeights  # noqa: E402
 
 TORCH: Backend = TorchCpuBackend()
@@ -173,7 +173,7 @@ def test_attention_of_two_sequences_over_several_steps(name: str, rotated: int):
         return heads * shape.head_dim if shape.qk_norm == "full" else shape.head_dim
 
     def steps(backend: Backend) -> np.ndarray:
-        cache = KvCache(backend, 1, shape.kv_heads, shape.head_dim, 256)
+        cache = KvCache(backend, 1, CacheShape(shape.kv_heads, shape.head_dim, shape.head_dim), 256)
         cache.open(0)
         cache.open(1)
         none = Linear(None)
@@ -285,7 +285,7 @@ def test_logits_are_on_the_host():
 
 
 def test_a_cache_can_be_used_by_another_thread_than_the_one_that_wrote_it():
-    cache = KvCache(MLX, 1, 2, 16, 256)
+    cache = KvCache(MLX, 1, CacheShape(2, 16, 16), 256)
     cache.open(0)
     cache.reserve({0: 5})
     layer = cache.layers(0)[0]

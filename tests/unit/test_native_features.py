@@ -172,6 +172,7 @@ ROUTES = {
     "groups and a selection bias": MoeSpec(
         12, 5, 32, score="sigmoid", n_groups=3, top_groups=2, selection_bias=True, normalize=False
     ),
+    "all of the best group": MoeSpec(12, 4, 32, score="sigmoid", n_groups=3, selection_bias=True),
 }
 
 
@@ -186,7 +187,7 @@ def mixture_stage(rng: np.random.Generator, moe: MoeSpec, router: np.ndarray, th
 
     weights = MoeWeights(
         Linear(NativeMatrix([dense(router)]), vector(rng.normal(0, 1, moe.n_experts)) if moe.router_bias else None),
-        vector(rng.normal(0, 0.3, moe.n_experts)) if moe.selection_bias else None,
+        vector(rng.normal(-0.5, 0.5, moe.n_experts)) if moe.selection_bias else None,
         tuple(map(expert, range(moe.n_experts))),
         None,
         None,

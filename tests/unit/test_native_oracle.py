@@ -49,6 +49,8 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     first = Oracle.of(model, prompt_of(request.param))
     with open_checkpoint(folder) as checkpoint:
         spec = checkpoint.spec
+    if spec.latent is not None:
+        pytest.skip("the kernels leave latent attention to plain torch")
     return Saved(folder, first, Oracle.of(model, first.prompt - 7, seed=5), spec.n_layers, spec.moe is not None)
 
 

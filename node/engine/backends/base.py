@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from swarmd.node.engine.quantized import Weight
-from swarmd.node.engine.spec import Activation, MoeSpec, QkNorm
+from swarmd.node.engine.spec import Activation, CacheShape, LatentAttention, MoeSpec, QkNorm
 from swarmd.node.engine.stage_compute import Logits, WireDtype
 
 if TYPE_CHECKING:
-    from swarmd.node.engine.weights import AttentionWeights, MlpWeights, MoeWeights
+    from swarmd.node.engine.weights import AttentionWeights, LatentWeights, MlpWeights, MoeWeights
 
 Array = Any
 """A backend's own array."""
@@ -66,6 +66,7 @@ class AttentionShape:
     rope: int | None
     qk_norm: QkNorm
     eps: float
+    latent: LatentAttention | None = None
 
 
 class LayerCache(Protocol):
@@ -83,7 +84,7 @@ class WeightKeeper(Protocol):
         ...
 
     def prepare_vector(self, values: np.ndarray) -> Array:
-        """A float32 vector (norm weights, biases, sinks, rotation frequencies)."""
+        """A float32 vector (norm weights, biases, sinks, rotation frequencies), or the `kv_b` of `LatentWeights`."""
         ...
 
     def prepare_experts(self, experts: Sequence[MlpWeights]) -> PreparedExperts:
@@ -155,6 +156,27 @@ class Backend(WeightKeeper, Protocol):
         """
         ...
 
+    def latent_attention(
+        self,
+        queries: Array,
+        keys: Array,
+        latents: Array,
+        shape: AttentionShape,
+        weights: LatentWeights,
+        rotation: Array | None,
+        spans: Sequence[RowSpan],
+        caches: Sequence[LayerCache],
+    ) -> Array:
+        """Causal multi-head latent attention, each span on its own cache (arXiv:2405.04434, section 2.1).
+
+        Queries are [rows, heads * (nope_dim + rope_dim)], the shared keys [rows, rope_dim], latents, normed, [rows,
+        kv_rank]. Keys and the last dimensions of each query are rotated; keys and latents are stored in the caches,
+        latents as values. A score is (q.(K latent) + rotated q.rotated key) * scale, and a head's output is V times the
+        weighted sum of latents, K and V being its rows of `weights.kv_b`. It is q K that is computed, and V last, so
+        that nothing is made of latents that are cached. Returns [rows, heads * value_dim].
+        """
+        ...
+
     def gate(self, gate_up: Array, activation: Activation) -> Array:
         """The activation of stacked gate and up [rows, 2*ffn] -> [rows, ffn] (Shazeer 2020, arXiv:2002.05202)."""
         ...
@@ -175,6 +197,6 @@ class Backend(WeightKeeper, Protocol):
         """Have all that was written to these caches computed, for backends whose operations only promise results."""
         ...
 
-    def new_cache(self, kv_heads: int, head_dim: int, tokens: int, old: LayerCache | None, keep: int) -> LayerCache:
+    def new_cache(self, shape: CacheShape, tokens: int, old: LayerCache | None, keep: int) -> LayerCache:
         """Room for `tokens` tokens of one layer; the first `keep` are copied from `old`."""
         ...

@@ -29,9 +29,9 @@ from swarmd.node.engine.backends.mlx_attention import MlxLayerCache
 from swarmd.node.engine.backends.mlx_experts import SeparateExperts, StackedExperts
 from swarmd.node.engine.backends.mlx_matrices import MlxMatrix
 from swarmd.node.engine.quantized import Weight
-from swarmd.node.engine.spec import Activation, MoeSpec
+from swarmd.node.engine.spec import Activation, CacheShape, MoeSpec
 from swarmd.node.engine.stage_compute import Logits, WireDtype
-from swarmd.node.engine.weights import AttentionWeights, MlpWeights, MoeWeights
+from swarmd.node.engine.weights import AttentionWeights, LatentWeights, MlpWeights, MoeWeights
 
 CACHE_BYTES = 256 << 20
 """Of freed buffers, at most so much is kept for reuse: what is free belongs to the other programs of the machine."""
@@ -125,6 +125,20 @@ class MlxBackend:
         """One attention per sequence."""
         return mlx_attention.attention(qkv, shape, weights, rotation, spans, caches)
 
+    def latent_attention(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        latents: mx.array,
+        shape: AttentionShape,
+        weights: LatentWeights,
+        rotation: mlx_attention.Rotations | None,
+        spans: Sequence[RowSpan],
+        caches: Sequence[LayerCache],
+    ) -> mx.array:
+        """One attention per sequence."""
+        return mlx_attention.latent_attention(queries, keys, latents, shape, weights, rotation, spans, caches)
+
     def gate(self, gate_up: mx.array, activation: Activation) -> mx.array:
         """A new array."""
         gate, up = mx.split(gate_up, 2, axis=-1)
@@ -156,9 +170,10 @@ class MlxBackend:
         """Evaluates what has been written."""
         mx.eval([(cache.keys, cache.values) for cache in caches])
 
-    def new_cache(self, kv_heads: int, head_dim: int, tokens: int, old: LayerCache | None, keep: int) -> MlxLayerCache:
+    def new_cache(self, shape: CacheShape, tokens: int, old: LayerCache | None, keep: int) -> MlxLayerCache:
         """Evaluates, so that the old memory is free when this layer is done."""
-        keys, values = (mx.zeros((kv_heads, tokens, head_dim), self._type) for _ in range(2))
+        dims = shape.key_dim, shape.value_dim
+        keys, values = (mx.zeros((shape.heads, tokens, dim), self._type) for dim in dims)
         if old is not None:
             keys[:, :keep] = old.keys[:, :keep]
             values[:, :keep] = old.values[:, :keep]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from swarmd.node.engine.backends.base import AttentionShape, LayerCache, RowSpan
-from swarmd.node.engine.weights import AttentionWeights
+from swarmd.node.engine.weights import AttentionWeights, LatentWeights
 
 Rotations = tuple[mx.array, mx.array]
 """cos and sin, fp32 [rows, 1, rotated dimensions / 2]."""
@@ -16,7 +16,7 @@ Rotations = tuple[mx.array, mx.array]
 
 @dataclass
 class MlxLayerCache:
-    """Keys and values [kv_heads, tokens, head_dim], in the working type."""
+    """Keys and values [heads, tokens, dim], in the working type."""
 
     keys: mx.array
     values: mx.array
@@ -48,6 +48,47 @@ def attention(
         seen = cache.keys[:, first:stop], cache.values[:, first:stop]
         mixed.append(_attend(queries[begin:end].swapaxes(0, 1), *seen, shape, weights.sinks))
     return mx.concatenate(mixed)
+
+
+def latent_attention(
+    queries: mx.array,
+    keys: mx.array,
+    latents: mx.array,
+    shape: AttentionShape,
+    weights: LatentWeights,
+    rotation: Rotations | None,
+    spans: Sequence[RowSpan],
+    caches: Sequence[LayerCache],
+) -> mx.array:
+    """See `Backend.latent_attention`. Products with `kv_b` are in fp32."""
+    assert shape.latent is not None
+    rows, nope = len(queries), shape.latent.nope_dim
+    plain, turned = mx.split(queries.reshape(rows, shape.heads, shape.head_dim), [nope], axis=-1)
+    keys = keys[:, None]
+    if rotation is not None:
+        turned, keys = _rotate(turned, *rotation), _rotate(keys, *rotation)
+    absorbed = (plain.swapaxes(0, 1) @ weights.kv_b[:, :nope]).astype(latents.dtype)
+    turned = turned.swapaxes(0, 1)
+    mixed = []
+    for span, cache in zip(spans, caches, strict=True):
+        begin, end, stop = span.begin, span.end, span.start + span.end - span.begin
+        cache.keys[0, span.start : stop] = keys[begin:end, 0]
+        cache.values[0, span.start : stop] = latents[begin:end]
+        seen = cache.keys[0, :stop], cache.values[0, :stop]
+        mixed.append(_mix_latents(absorbed[:, begin:end], turned[:, begin:end], *seen, shape.scale))
+    out = mx.concatenate(mixed, axis=1) @ weights.kv_b[:, nope:].swapaxes(1, 2)
+    return out.swapaxes(0, 1).reshape(rows, -1).astype(latents.dtype)
+
+
+def _mix_latents(absorbed: mx.array, turned: mx.array, keys: mx.array, latents: mx.array, scale: float) -> mx.array:
+    """Of one sequence: both parts of the queries [heads, rows, d], the last of which belong to the last of the keys
+    [n, rope_dim] and latents [n, kv_rank]; -> [heads, rows, kv_rank]. Scores are added in fp32.
+    """
+    scores = ((absorbed @ latents.T).astype(mx.float32) + (turned @ keys.T).astype(mx.float32)) * scale
+    mask = _mask(absorbed.shape[1], len(keys), None)
+    if mask is not None:
+        scores = mx.where(mask, scores, -mx.inf)
+    return mx.softmax(scores, axis=-1).astype(latents.dtype) @ latents
 
 
 def _attend(

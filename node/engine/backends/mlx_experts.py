@@ -94,9 +94,9 @@ def route(scores: mx.array, moe: MoeSpec, selection_bias: mx.array | None) -> tu
     candidates = shares if selection_bias is None else shares + selection_bias
     if moe.n_groups > 1:
         grouped = candidates.reshape(len(scores), moe.n_groups, -1)
-        best = _largest(mx.topk(grouped, 2, axis=-1).sum(axis=-1), moe.top_groups)
+        best = _largest(mx.topk(grouped, moe.group_best, axis=-1).sum(axis=-1), moe.top_groups)
         allowed = (best[..., None] == mx.arange(moe.n_groups)).any(axis=1)
-        candidates = mx.where(allowed[..., None], grouped, 0.0).reshape(candidates.shape)
+        candidates = mx.where(allowed[..., None], grouped, -mx.inf).reshape(candidates.shape)
     chosen = _largest(candidates, moe.top_k)
     weights = mx.take_along_axis(shares, chosen, axis=-1)
     if moe.normalize:

@@ -19,14 +19,14 @@ import torch.nn.functional as F  # noqa: N812
 from swarmd.node.engine.backends.base import AttentionShape, LayerCache, RowSpan
 from swarmd.node.engine.backends.torch_tiles import Scratch, TiledMatrix, product, tiled
 from swarmd.node.engine.quantized import Weight
-from swarmd.node.engine.spec import Activation, MoeSpec
+from swarmd.node.engine.spec import Activation, CacheShape, MoeSpec
 from swarmd.node.engine.stage_compute import Logits, WireDtype
-from swarmd.node.engine.weights import AttentionWeights, MlpWeights, MoeWeights
+from swarmd.node.engine.weights import AttentionWeights, LatentWeights, MlpWeights, MoeWeights
 
 
 @dataclass
 class TorchLayerCache:
-    """Keys and values [kv_heads, tokens, head_dim], fp32."""
+    """Keys and values [heads, tokens, dim], fp32."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -136,6 +136,34 @@ class TorchCpuBackend:
             out[span.begin : span.end] = self._attend(rows[:, :heads], keys, values, span.start - first, shape, weights)
         return out
 
+    def latent_attention(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        latents: torch.Tensor,
+        shape: AttentionShape,
+        weights: LatentWeights,
+        rotation: tuple[torch.Tensor, torch.Tensor] | None,
+        spans: Sequence[RowSpan],
+        caches: Sequence[LayerCache],
+    ) -> torch.Tensor:
+        """Sequence by sequence; each head's products with its matrices are one batch."""
+        latent = shape.latent
+        assert latent is not None
+        queries = queries.view(len(queries), shape.heads, shape.head_dim)
+        if rotation is not None:
+            _rotate(queries[..., latent.nope_dim :], *rotation)
+            _rotate(keys[:, None], *rotation)
+        out = torch.empty(len(queries), shape.heads, latent.value_dim)
+        for span, cache in zip(spans, caches, strict=True):
+            begin, end, stop = span.begin, span.end, span.start + span.end - span.begin
+            cache.keys[0, span.start : stop] = keys[begin:end]
+            cache.values[0, span.start : stop] = latents[begin:end]
+            seen = cache.keys[0, :stop], cache.values[0, :stop]
+            mixed = _attend_to_latents(queries[begin:end].transpose(0, 1), *seen, shape, weights)
+            out[begin:end] = mixed.transpose(0, 1)
+        return out.view(len(queries), -1)
+
     def _norm_heads(self, x: torch.Tensor, weight: Any, shape: AttentionShape) -> None:
         """Norm [rows, heads, head_dim] in place, each head by itself or all together."""
         joined = x if shape.qk_norm == "head" else x.reshape(x.shape[0], -1)
@@ -206,12 +234,10 @@ class TorchCpuBackend:
     def settle(self, caches: Sequence[LayerCache]) -> None:
         """Nothing is pending here."""
 
-    def new_cache(
-        self, kv_heads: int, head_dim: int, tokens: int, old: LayerCache | None, keep: int
-    ) -> TorchLayerCache:
+    def new_cache(self, shape: CacheShape, tokens: int, old: LayerCache | None, keep: int) -> TorchLayerCache:
         """Fresh memory; only the kept part is touched."""
-        keys = torch.empty(kv_heads, tokens, head_dim)
-        values = torch.empty(kv_heads, tokens, head_dim)
+        keys = torch.empty(shape.heads, tokens, shape.key_dim)
+        values = torch.empty(shape.heads, tokens, shape.value_dim)
         if old is not None:
             keys[:, :keep] = old.keys[:, :keep]
             values[:, :keep] = old.values[:, :keep]
@@ -224,9 +250,9 @@ def route(scores: torch.Tensor, moe: MoeSpec, selection_bias: torch.Tensor | Non
     candidates = shares if selection_bias is None else shares + selection_bias
     if moe.n_groups > 1:
         grouped = candidates.view(len(scores), moe.n_groups, -1)
-        best = grouped.topk(2, dim=-1).values.sum(-1).topk(moe.top_groups, dim=-1).indices
+        best = grouped.topk(moe.group_best, dim=-1).values.sum(-1).topk(moe.top_groups, dim=-1).indices
         allowed = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter_(1, best, True)
-        candidates = grouped.masked_fill(~allowed[..., None], 0.0).view(len(scores), -1)
+        candidates = grouped.masked_fill(~allowed[..., None], float("-inf")).view(len(scores), -1)
     chosen = candidates.topk(moe.top_k, dim=-1).indices
     weights = shares.gather(1, chosen)
     if moe.normalize:
@@ -240,3 +266,21 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     turned = second * cos + first * sin
     first.mul_(cos).sub_(second * sin)
     second.copy_(turned)
+
+
+def _attend_to_latents(
+    queries: torch.Tensor, keys: torch.Tensor, latents: torch.Tensor, shape: AttentionShape, weights: LatentWeights
+) -> torch.Tensor:
+    """Of one sequence: queries [heads, rows, d], the last of which belongs to the last of the keys [n, rope_dim] and
+    latents [n, kv_rank]; -> [heads, rows, value_dim].
+    """
+    assert shape.latent is not None
+    nope, (heads, rows, _), n = shape.latent.nope_dim, queries.shape, len(keys)
+    absorbed = torch.bmm(queries[..., :nope], weights.kv_b[:, :nope])
+    scores = absorbed.view(heads * rows, -1) @ latents.T
+    scores += queries[..., nope:].reshape(heads * rows, -1) @ keys.T
+    scores = scores.mul_(shape.scale).view(heads, rows, n)
+    if rows > 1:
+        scores.masked_fill_(torch.arange(n) > torch.arange(n - rows, n)[:, None], float("-inf"))
+    mixed = (scores.softmax(-1).view(heads * rows, n) @ latents).view(heads, rows, -1)
+    return torch.bmm(mixed, weights.kv_b[:, nope:].transpose(1, 2))

@@ -189,6 +189,8 @@ class NativeCompute:
 def why_not(checkpoint: Checkpoint, start: int, end: int) -> str:
     """Why the kernels cannot compute layers [start, end) of a model, or "". Raises ModelFileError."""
     spec = checkpoint.spec
+    if spec.latent is not None:
+        return "its multi-head latent attention is computed by plain torch only"
     if spec.moe is not None and not _routable(spec.moe):
         moe = spec.moe
         return f"{moe.top_k} of {moe.n_experts} experts in {moe.top_groups} of {moe.n_groups} groups cannot be chosen"
@@ -201,6 +203,8 @@ def why_not(checkpoint: Checkpoint, start: int, end: int) -> str:
 
 def _routable(moe: MoeSpec) -> bool:
     """Whether there is what the kernels choose from: they check nothing."""
+    if moe.n_groups > 1 and moe.group_best != 2:
+        return False
     groups = 0 < moe.top_groups <= moe.n_groups and moe.n_experts % moe.n_groups == 0
     return groups and 0 < moe.top_k <= moe.n_experts
 

@@ -30,7 +30,7 @@ int take_best(float *values, int count) {
   return best;
 }
 
-// Candidates outside of the groups whose two best sum highest count 0 (DeepSeek-V3, arXiv:2412.19437).
+// Those outside of the groups whose two best sum highest are out of the question (DeepSeek-V3, arXiv:2412.19437).
 void keep_best_groups(const SwarmdRouting &routing, float *candidates, float *sums) {
   const int size = routing.experts / routing.groups;
   for (int group = 0; group < routing.groups; group++) {
@@ -43,7 +43,7 @@ void keep_best_groups(const SwarmdRouting &routing, float *candidates, float *su
   }
   for (int i = 0; i < routing.top_groups; i++) take_best(sums, routing.groups);
   for (int group = 0; group < routing.groups; group++)
-    if (sums[group] != kNever) std::fill(candidates + group * size, candidates + (group + 1) * size, 0.0f);
+    if (sums[group] != kNever) std::fill(candidates + group * size, candidates + (group + 1) * size, kNever);
 }
 
 }  // namespace
