@@ -60,8 +60,9 @@ static inline Bytes load_table(const uint8_t *p) {
 }
 static inline Bytes look_up(Bytes table, Bytes x) { return _mm256_shuffle_epi8(table, x); }
 
-// maddubs adds pairs of products into int16. Codes of up to 4 bits give at most 2 * 15 * 127 = 3810, eight times 30480:
-// no overflow within a group. Wider codes are split into nibbles, which keep the same bound.
+// maddubs adds pairs of products into int16, each at most 2 * 127 * the largest code: of 4 bits 3810, which leaves room for
+// eight of them, all of a group; of 5 bits 7874, for four; of 6 bits 16002, for two. Then they are added up in int32.
+// Bytes are split into nibbles.
 static inline __m256i four_of(const int8_t *x) {
   int32_t four;
   __builtin_memcpy(&four, x, 4);
@@ -69,12 +70,23 @@ static inline __m256i four_of(const int8_t *x) {
 }
 
 // Constructors are written out because implicit ones are compiled without this file's instructions.
-template <int BITS, bool WIDE = (BITS > 4)>
+template <int BITS, bool WIDE = (BITS > 6)>
 struct Dot {
-  __m256i sum;
-  Dot() : sum(_mm256_setzero_si256()) {}
-  void add(Bytes w, const int8_t *x) { sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, four_of(x))); }
-  Floats total() const { return _mm256_cvtepi32_ps(_mm256_madd_epi16(sum, _mm256_set1_epi16(1))); }
+  static constexpr int kMost = BITS == 6 ? 2 : BITS == 5 ? 4 : 8;
+  __m256i sum, done;
+  int count;  // known when compiled: products are unrolled
+  Dot() : sum(_mm256_setzero_si256()), done(_mm256_setzero_si256()), count(0) {}
+  void add(Bytes w, const int8_t *x) {
+    if (count == kMost) {
+      done = total_ints();
+      sum = _mm256_setzero_si256();
+      count = 0;
+    }
+    sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, four_of(x)));
+    count++;
+  }
+  Ints total_ints() const { return _mm256_add_epi32(done, _mm256_madd_epi16(sum, _mm256_set1_epi16(1))); }
+  Floats total() const { return _mm256_cvtepi32_ps(total_ints()); }
 };
 
 template <int BITS>
