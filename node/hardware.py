@@ -73,8 +73,8 @@ class Hardware:
     def __init__(self, *, memory: MemoryCaps, threads: int | None, kernels: str) -> None:
         """`memory` are the user's caps; where there is none it is a share of what is free when the devices are found.
 
-        `kernels` is what is to compute on the CPU: "auto", "native" or "torch". Plain torch keeps the KV cache in fp32,
-        twice what a plan counts: so that no plan takes too much, such a node offers half of its memory there.
+        `kernels` is what is to compute on the CPU: "auto", "native" or "torch". Plain torch and MLX keep the KV cache
+        in fp32, twice what a plan counts, and MLX wider scales: so that no plan takes too much, half is offered there.
         """
         self.threads = threads or psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
         self._caps = memory
@@ -107,8 +107,9 @@ class Hardware:
         for kind, reason in self.missing.items():
             log.info("no %s device is used: %s", kind, reason)
         limits = memory_limits(chosen, self._caps)
-        if CPU in limits and self._plain_torch:
-            limits[CPU] //= 2
+        for device in chosen:
+            if kind_of(device.id) in ("metal", "mlx") or (device.id == CPU and self._plain_torch):
+                limits[device.id] //= 2
         self._devices = {device.id: _Device(device, limits[device.id]) for device in chosen}
         told = (f"{device.id} ({device.name}), {format_bytes(limits[device.id])} for models" for device in chosen)
         log.info("devices: %s", "; ".join(told))

@@ -90,7 +90,7 @@ OPTIONS: dict[str, Option] = {
     "wire_dtype": Option(
         "How activations travel on this node's links between stages: f32 (exact), bf16 or f16 (half the bytes), q8 "
         "(8-bit blocks, a quarter of them), for slow links; given to the node that starts a model, on all its links. "
-        "Default: auto: bf16 where an end computes in bf16 (GPUs), else f32.",
+        "Default: auto, which is bf16 where an end computes in bf16 (GPUs), else f32.",
         "DTYPE",
     ),
     "log_level": Option("DEBUG, INFO, WARNING or ERROR. Default: INFO.", "LEVEL"),

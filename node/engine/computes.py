@@ -13,7 +13,7 @@ from swarmd.node.models.checkpoint import Checkpoint
 log = logging.getLogger("swarmd.engine")
 
 
-KINDS = ("cpu", "metal", "mlx-cpu")
+KINDS = ("cpu", "cuda", "metal", "mlx-cpu")
 """The kinds of devices on which something here computes: what stands before the colon in a device's id."""
 
 
@@ -39,6 +39,10 @@ def load_compute(
     require_backend(device)
     if device == "metal" or device == "mlx-cpu":
         return _load_mlx(checkpoint, start, end, device, kv_tokens, context, progress)
+    if device.startswith("cuda"):
+        from swarmd.node.engine.cuda_compute import CudaCompute
+
+        return CudaCompute.load(checkpoint, start, end, device, kv_tokens=kv_tokens, context=context, progress=progress)
     if kernels == "torch" or not _native_usable(checkpoint, start, end, required=kernels == "native"):
         return _load_torch(checkpoint, start, end, threads, kv_tokens, context, progress)
     from swarmd.node.engine.cpu.native_compute import NativeCompute

@@ -128,13 +128,13 @@ def why_no_mlx() -> str:
 
 @pytest.mark.skipif(bool(why_no_mlx()), reason=why_no_mlx())
 def test_a_node_with_two_devices_has_a_stage_on_each_and_comes_back_after_a_loss(smollm2_path: Path, tmp_path: Path):
-    options = ("--device", "cpu,mlx-cpu", "--memory", "cpu=400MB,mlx-cpu=400MB", "--split", "--context", "1024")
+    options = ("--device", "cpu,mlx-cpu", "--memory", "cpu=400MB,mlx-cpu=800MB", "--split", "--context", "1024")
     with Node(tmp_path / "both", *options, "--model", str(smollm2_path), "--no-mdns", "--threads", "1") as node:
         instance = node.until_ready(stages=2)
         assert {stage["device"] for stage in instance["stages"]} == {"cpu", "mlx-cpu"}
         [own] = node.get("/api/swarm")["nodes"]
         assert [(d["id"], d["kind"], d["memory_limit"]) for d in own["devices"]] == [
-            ("mlx-cpu", "mlx", 400_000_000),
+            ("mlx-cpu", "mlx", 400_000_000),  # half: its KV cache is fp32
             ("cpu", "cpu", 400_000_000),
         ]
         before = node.answer("What is the capital of France?", max_tokens=12)

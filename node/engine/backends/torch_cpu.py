@@ -120,11 +120,7 @@ class TorchCpuBackend:
         """One scaled dot product per sequence, the query heads of a group folded into rows."""
         heads, kv_heads, head_dim = shape.heads, shape.kv_heads, shape.head_dim
         qkv = qkv.view(qkv.shape[0], heads + 2 * kv_heads, head_dim)
-        if shape.qk_norm != "none":
-            self._norm_heads(qkv[:, :heads], weights.q_norm, shape)
-            self._norm_heads(qkv[:, heads : heads + kv_heads], weights.k_norm, shape)
-        if rotation is not None:
-            _rotate(qkv[:, : heads + kv_heads], *rotation)
+        self.norm_and_rotate(qkv, shape, weights, rotation)
         out = torch.empty(qkv.shape[0], heads * head_dim)
         for span, cache in zip(spans, caches, strict=True):
             rows = qkv[span.begin : span.end]
@@ -163,6 +159,21 @@ class TorchCpuBackend:
             mixed = _attend_to_latents(queries[begin:end].transpose(0, 1), *seen, shape, weights)
             out[begin:end] = mixed.transpose(0, 1)
         return out.view(len(queries), -1)
+
+    def norm_and_rotate(
+        self,
+        qkv: torch.Tensor,
+        shape: AttentionShape,
+        weights: AttentionWeights,
+        rotation: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> None:
+        """Queries and keys of qkv [rows, heads + 2*kv_heads, head_dim], in place."""
+        heads, kv_heads = shape.heads, shape.kv_heads
+        if shape.qk_norm != "none":
+            self._norm_heads(qkv[:, :heads], weights.q_norm, shape)
+            self._norm_heads(qkv[:, heads : heads + kv_heads], weights.k_norm, shape)
+        if rotation is not None:
+            _rotate(qkv[:, : heads + kv_heads], *rotation)
 
     def _norm_heads(self, x: torch.Tensor, weight: Any, shape: AttentionShape) -> None:
         """Norm [rows, heads, head_dim] in place, each head by itself or all together."""
