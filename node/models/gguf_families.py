@@ -47,6 +47,12 @@ class Family:
     """The number of layers by which the model of 27B is known, which scales attention in a way of its own."""
 
 
+WHY_NOT = {
+    "deepseek2": "multi-head latent attention is read from folders of safetensors only; these files leave out YaRN's "
+    "mscale, and older ones the experts' groups and scores",
+}
+"""What is known of other architectures."""
+
 FAMILIES: dict[str, Family] = {
     "llama": Family(permuted=True, window_period=1),
     "mistral3": Family(permuted=True, window_period=1),

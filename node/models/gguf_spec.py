@@ -18,7 +18,7 @@ from swarmd.node.engine.spec import (
     RopeSpec,
 )
 from swarmd.node.models.errors import ModelFileError
-from swarmd.node.models.gguf_families import FAMILIES, Family
+from swarmd.node.models.gguf_families import FAMILIES, WHY_NOT, Family
 from swarmd.node.models.gguf_keys import ArchKeys, refuse, shown
 from swarmd.node.models.gguf_names import HEAD, layer_prefix
 from swarmd.node.models.gguf_rope import ReadVector, no_vectors, ropes_of
@@ -37,9 +37,10 @@ def spec_from_gguf(
     """
     name = metadata.get("general.architecture")
     if not isinstance(name, str) or name not in FAMILIES:
+        known = WHY_NOT.get(str(name))
+        why = f": {known}" if known else ", which is not supported"
         raise ModelFileError(
-            f"the model's architecture is {name!r:.60}, which is not supported; "
-            f"supported architectures: {', '.join(FAMILIES)}"
+            f"the model's architecture is {name!r:.60}{why}; supported architectures: {', '.join(FAMILIES)}"
         )
     keys = ArchKeys(metadata, name)
     spec = _Reader(name, FAMILIES[name], keys, tensor_names, read_vector, metadata).spec()

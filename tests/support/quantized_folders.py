@@ -35,7 +35,7 @@ def write_folder(path: Path, model: hf.PreTrainedModel, description: dict[str, A
     values: Tensors = {}
     for name, tensor in model.state_dict().items():
         stem = name.removesuffix(".weight")
-        if name.endswith("_proj.weight") and tensor.ndim == 2:
+        if name.endswith(("_proj.weight", "_proj_with_mqa.weight")) and tensor.ndim == 2:
             stored, values[name] = pack(stem, tensor)
             tensors |= stored
         else:

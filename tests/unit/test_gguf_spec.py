@@ -151,6 +151,8 @@ def test_contradicting_rope_factors_are_refused() -> None:
 def test_unknown_architectures_are_named_with_the_known_ones() -> None:
     with pytest.raises(ModelFileError, match=r"'mamba'.*supported architectures: llama, .*gpt-oss"):
         spec_from_gguf({"general.architecture": "mamba"}, [])
+    with pytest.raises(ModelFileError, match=r"'deepseek2': multi-head latent attention.*folders of safetensors"):
+        spec_from_gguf({"general.architecture": "deepseek2"}, [])
     with pytest.raises(ModelFileError, match="architecture is None"):
         spec_from_gguf({}, [])
 

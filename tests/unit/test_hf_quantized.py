@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
+from support.architectures import FOLDERS
 from support.quantized_folders import Folder, awq, fp8, gptq, mlx, write_folder
 from support.tiny_hf import CASES, SIZES
 
@@ -70,6 +71,26 @@ def test_fp8_in_blocks_is_rounded_to_bf16(tmp_path: Path) -> None:
         if name.endswith("_proj.weight"):
             folder.values[name] = values.bfloat16().float()
     assert_holds(folder)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v2 in groups", "deepseek_v3"])
+def test_fp8_of_latent_attention_is_cut_and_ordered_as_floats_are(name: str, tmp_path: Path) -> None:
+    """Latents and shared keys are parts of one matrix, cut within a block; rows of what is rotated are put in order."""
+    description = {"quant_method": "fp8", "weight_block_size": [16, 16], "activation_scheme": "dynamic"}
+    folder = write_folder(tmp_path / "m", FOLDERS[name](), description, fp8(16), "quantization_config")
+    floats = tmp_path / "floats"
+    floats.mkdir()
+    save_file(folder.values, floats / "model.safetensors")
+    config = json.loads((folder.path / "config.json").read_text())
+    (floats / "config.json").write_text(json.dumps({**config, "quantization_config": None}))
+    with open_checkpoint(folder.path) as packed, open_checkpoint(floats) as plain:
+        packed.check(0, packed.spec.n_layers)
+        assert packed.form("model.layers.1.self_attn.k_rope_proj.weight").float_type == "bf16"
+        for tensor in tensor_shapes(packed.spec, 0, packed.spec.n_layers):
+            weight, expected = packed.read(tensor), torch.from_numpy(plain.read(tensor).dequantize())
+            if packed.form(tensor).float_type == "bf16":
+                expected = expected.bfloat16().float()
+            assert np.array_equal(weight.dequantize(), expected.numpy()), tensor
 
 
 @needs_mlx
