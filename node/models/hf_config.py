@@ -12,6 +12,7 @@ from swarmd.node.engine.spec import (
     MAX_WIDTH,
     Activation,
     ArchSpec,
+    LatentAttention,
     LayerSpec,
     MoeSpec,
     RopeSpec,
@@ -36,17 +37,7 @@ def spec_from_config(config: Mapping[str, Any]) -> ArchSpec:
     family, values = _family_of(config)
     keys = ConfigKeys(values, defaults=family.defaults)
     hidden = keys.integer("hidden_size", maximum=MAX_WIDTH)
-    n_heads = keys.integer("num_attention_heads", maximum=MAX_WIDTH)
-    n_kv_heads = keys.integer("num_key_value_heads", maximum=MAX_WIDTH, default=n_heads)
-    latent = latent_of(keys, family)
-    if latent:
-        head_dim = latent.nope_dim + latent.rope_dim
-    else:
-        head_dim = keys.integer("head_dim", maximum=MAX_WIDTH, default=hidden // n_heads)
-    if latent and n_kv_heads != n_heads:
-        keys.refuse("num_key_value_heads", n_kv_heads, f"it must be {n_heads}, as many as attention heads")
-    if n_heads % n_kv_heads:
-        keys.refuse("num_key_value_heads", n_kv_heads, f"it must divide the {n_heads} attention heads")
+    n_heads, n_kv_heads, head_dim, latent = _heads(keys, family, hidden)
     n_layers = keys.integer("num_hidden_layers", maximum=MAX_LAYERS)
     ropes = ropes_of(keys, family, latent.rope_dim if latent else head_dim)
     moe = moe_of(keys, family)
@@ -80,6 +71,22 @@ def spec_from_config(config: Mapping[str, Any]) -> ArchSpec:
     )
     _refuse_unread(keys)
     return spec
+
+
+def _heads(keys: ConfigKeys, family: Family, hidden: int) -> tuple[int, int, int, LatentAttention | None]:
+    """Attention heads, key-value heads, dimensions of a head, and what latent attention makes of them."""
+    n_heads = keys.integer("num_attention_heads", maximum=MAX_WIDTH)
+    n_kv_heads = keys.integer("num_key_value_heads", maximum=MAX_WIDTH, default=n_heads)
+    latent = latent_of(keys, family)
+    if latent:
+        head_dim = latent.nope_dim + latent.rope_dim
+    else:
+        head_dim = keys.integer("head_dim", maximum=MAX_WIDTH, default=hidden // n_heads)
+    if latent and n_kv_heads != n_heads:
+        keys.refuse("num_key_value_heads", n_kv_heads, f"it must be {n_heads}, as many as attention heads")
+    if n_heads % n_kv_heads:
+        keys.refuse("num_key_value_heads", n_kv_heads, f"it must divide the {n_heads} attention heads")
+    return n_heads, n_kv_heads, head_dim, latent
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
