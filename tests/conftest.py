@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+
+@pytest.fixture
+def proves(record_property: Callable[[str, object], None]) -> Callable[..., None]:
+    """Note what a test shows, for a cell of docs/models.md: `proves(table, row, column, verdict, **more)`.
+
+    Called when it is shown; what a failing test noted counts for nothing, since a failure leaves the page as it was.
+    """
+
+    def note(table: str, row: str, column: str, verdict: str, **more: object) -> None:
+        record_property(
+            "proves", json.dumps({"table": table, "row": row, "column": column, "verdict": verdict, **more})
+        )
+
+    return note
 
 
 @pytest.fixture(scope="session")

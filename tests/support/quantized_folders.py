@@ -14,11 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 import transformers as hf
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from support.tiny_hf import CASES
 
 Tensors = dict[str, torch.Tensor]
 Pack = Callable[[str, torch.Tensor], tuple[Tensors, torch.Tensor]]
 """A matrix by its stem (without ".weight") -> the tensors that hold it, and its values, float32."""
+
+
+MXFP4_EXPONENTS = (120, 126)
+"""Of the scales that experts get: values of some 0.02 to 2."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,27 @@ def fp8(block: int) -> Pack:
         return {f"{stem}.weight": stored, f"{stem}.weight_scale_inv": scales}, stored.float() * wide
 
     return pack
+
+
+def mxfp4_folder(path: Path) -> tuple[hf.PreTrainedModel, Tensors]:
+    """Save a gpt-oss with random experts in MXFP4: the model, and its experts' values by `transformers`."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    model = CASES["gpt-oss"]()
+    model.save_pretrained(path)
+    tensors, random = load_file(path / "model.safetensors"), torch.Generator().manual_seed(3)
+    expected: Tensors = {}
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), generator=random, dtype=torch.uint8)
+        scales = torch.randint(*MXFP4_EXPONENTS, blocks.shape[:-1], generator=random, dtype=torch.uint8)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        expected[name] = convert_moe_packed_tensors(blocks.clone(), scales.clone(), dtype=torch.float32)
+    save_file(tensors, path / "model.safetensors")
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (path / "config.json").write_text(json.dumps(config))
+    return model, expected
 
 
 def mlx(bits: int, group: int, mode: str = "affine", scale_type: str = "float16") -> Pack:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +178,7 @@ def test_special_tokens_by_name_alone_are_control_tokens(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["GPT2Tokenizer", "Qwen2TokenizerFast"])
-def test_vocab_and_merges_without_a_tokenizer_json(name: str, tmp_path: Path) -> None:
+def test_vocab_and_merges_without_a_tokenizer_json(name: str, tmp_path: Path, proves: Callable[..., None]) -> None:
     pre = {"GPT2Tokenizer": "gpt-2", "Qwen2TokenizerFast": "qwen2"}[name]
     backend = byte_level(splits(*PRE_TOKENIZERS[pre].patterns))
     whole = write_folder(tmp_path / "whole", backend, add_bos_token=False, **CONFIG)
@@ -192,6 +193,7 @@ def test_vocab_and_merges_without_a_tokenizer_json(name: str, tmp_path: Path) ->
     first, second = Tokenizer.from_folder(whole), Tokenizer.from_folder(parts)
     for text in ("I'll pay 123", "the\n\n thére <think>x</think><|im_end|>", "# version"):
         assert first.encode(text, add_special=False) == second.encode(text, add_special=False)
+    proves("tokenizers", "byte-level BPE", "other", "works", case=name)
     put(parts, "tokenizer_config.json", {"tokenizer_class": "XTokenizer"})
     with pytest.raises(ModelFileError, match=r"XTokenizer.*tokenizer\.json"):
         Tokenizer.from_folder(parts)

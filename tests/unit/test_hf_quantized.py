@@ -13,7 +13,7 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 from support.architectures import FOLDERS
-from support.quantized_folders import Folder, awq, fp8, gptq, mlx, write_folder
+from support.quantized_folders import Folder, awq, fp8, gptq, mlx, mxfp4_folder, write_folder
 from support.tiny_hf import CASES, SIZES
 
 from swarmd.node.engine.quantized import QuantizedWeight, form_of
@@ -121,23 +121,7 @@ def test_mlx_mxfp4_and_overrides_for_single_tensors(tmp_path: Path) -> None:
 
 
 def test_gpt_oss_in_mxfp4_equals_transformers(tmp_path: Path) -> None:
-    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
-
-    model = CASES["gpt-oss"]()
-    model.save_pretrained(tmp_path / "m")
-    path = tmp_path / "m" / "model.safetensors"
-    tensors, random = load_file(path), torch.Generator().manual_seed(3)
-    expected: dict[str, torch.Tensor] = {}
-    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
-        experts, inputs, outputs = tensors.pop(name).shape
-        blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), generator=random, dtype=torch.uint8)
-        scales = torch.randint(110, 130, blocks.shape[:-1], generator=random, dtype=torch.uint8)
-        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
-        expected[name] = convert_moe_packed_tensors(blocks.clone(), scales.clone(), dtype=torch.float32)
-    save_file(tensors, path)
-    config = json.loads((tmp_path / "m" / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "mxfp4"}
-    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    _, expected = mxfp4_folder(tmp_path / "m")
     with open_checkpoint(tmp_path / "m") as checkpoint:
         checkpoint.check(0, checkpoint.spec.n_layers)
         for layer in range(checkpoint.spec.n_layers):

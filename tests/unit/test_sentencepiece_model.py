@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def trained(spm: Any, folder: Path, **options: Any) -> Path:
 @pytest.mark.parametrize("prefix", [True, False], ids=["prefix", "bare"])
 @pytest.mark.parametrize("squeeze", [True, False], ids=["squeezed", "spaced"])
 def test_ids_and_text_equal_those_of_sentencepiece(
-    spm: Any, kind: str, prefix: bool, squeeze: bool, tmp_path: Path
+    spm: Any, kind: str, prefix: bool, squeeze: bool, tmp_path: Path, proves: Callable[..., None]
 ) -> None:
     folder = trained(
         spm,
@@ -66,6 +67,8 @@ def test_ids_and_text_equal_those_of_sentencepiece(
         ids = theirs.encode(text)
         assert ours.encode(text, add_special=False, parse_special=False) == ids, repr(text)
         assert ours.decode(ids) == theirs.decode(ids), repr(text)
+    row = "SentencePiece BPE" if kind == "bpe" else "SentencePiece Unigram"
+    proves("tokenizers", row, "other", "works", case=f"{prefix} {squeeze}")
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,17 +56,19 @@ def assert_equal_to_transformers(ours: Tokenizer, theirs: Any, texts: list[str])
 
 
 @pytest.mark.parametrize("name", PRE_TOKENIZERS)
-def test_byte_level_bpe_equals_transformers(name: str, tmp_path: Path) -> None:
+def test_byte_level_bpe_equals_transformers(name: str, tmp_path: Path, proves: Callable[..., None]) -> None:
     backend = own_form(name)
     folder = write_folder(tmp_path / "model", backend, **SPECIAL)
     theirs = PreTrainedTokenizerFast.from_pretrained(folder)
     texts = sample(sorted(theirs.get_added_vocab()))
     assert_equal_to_transformers(Tokenizer.from_folder(folder), theirs, texts)
     assert_equal_to_transformers(Tokenizer.from_gguf(byte_level_gguf(backend, name)), theirs, texts)
+    for column in ("tokenizer.json", "gguf"):
+        proves("tokenizers", "byte-level BPE", column, "works", case=name)
 
 
 @pytest.mark.parametrize("prefix_space", [True, False], ids=["llama", "gemma"])
-def test_sentencepiece_bpe_equals_transformers(prefix_space: bool, tmp_path: Path) -> None:
+def test_sentencepiece_bpe_equals_transformers(prefix_space: bool, tmp_path: Path, proves: Callable[..., None]) -> None:
     folder = write_folder(
         tmp_path / "model", sentencepiece_bpe(prefix_space), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
@@ -79,12 +82,15 @@ def test_sentencepiece_bpe_equals_transformers(prefix_space: bool, tmp_path: Pat
     bare.mkdir()
     (bare / "tokenizer.model").write_bytes(model_proto(list(zip(*columns, strict=True)), 2, dummy_prefix=prefix_space))
     assert_equal_to_transformers(Tokenizer.from_folder(bare), theirs, texts)
+    for column in ("tokenizer.json", "gguf", "other"):
+        proves("tokenizers", "SentencePiece BPE", column, "works", case=str(prefix_space))
 
 
-def test_unigram_equals_transformers(tmp_path: Path) -> None:
+def test_unigram_equals_transformers(tmp_path: Path, proves: Callable[..., None]) -> None:
     folder = write_folder(tmp_path / "model", unigram(), bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     theirs = PreTrainedTokenizerFast.from_pretrained(folder)
     assert_equal_to_transformers(Tokenizer.from_folder(folder), theirs, sample(sorted(theirs.get_added_vocab())))
+    proves("tokenizers", "SentencePiece Unigram", "tokenizer.json", "works")
 
 
 @pytest.mark.parametrize("text", LONE_SURROGATES)
