@@ -286,3 +286,10 @@ def test_what_the_decoder_does_not_do_of_deepseek(changes: dict[str, Any], says:
 def test_keys_of_other_models_may_stand_at_values_that_change_nothing() -> None:
     neutral = {"use_qk_norm": False, "logits_scaling": 1.0, "partial_rotary_factor": 1.0, "sliding_window": 4096}
     assert spec_from_config({**LLAMA, **neutral}) == replace(spec_from_config(LLAMA))
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_the_epsilon_of_norms_is_the_files(name: str) -> None:
+    """Small models' logits hardly show it."""
+    config = FOLDERS[name]().config.to_dict() | {"rms_norm_eps": 3e-4}
+    assert spec_from_config(config).rms_eps == 3e-4
