@@ -38,6 +38,7 @@ TESTS = [
         "test_sentencepiece_model",
     )
 ]
+TESTS.append("tests/unit/test_hf_quantized.py::test_gptq_with_groups_of_scattered_inputs_is_refused")
 BEGIN, END = "<!-- begin: made by `make models`, not by hand -->", "<!-- end -->"
 PACKAGES = ("torch", "transformers", "mlx", "gguf", "tokenizers")
 DEVICES = {"native": "CPU, our kernels", "torch": "CPU, plain torch", "mlx": "MLX", "cuda": "CUDA"}
@@ -74,6 +75,7 @@ class Note:
     case: str = ""
     delta: float | None = None
     bits: float | None = None
+    device: str = ""
 
 
 def read_notes(junit: Path) -> list[Note]:
@@ -128,7 +130,7 @@ class Tables:
             return f"works{many}" if worst is None else f"works{many}, {worst:.0e}"
         if notes:
             return f"{notes[0].verdict} ({self._number(notes[0].words)})" if notes[0].words else notes[0].verdict
-        if table == "gguf types" and (refused := self._words("refused formats", f"GGUF type {row}")):
+        if table == "gguf types" and (refused := self._note("refused formats", f"GGUF type {row}")):
             return f"refused ({self._number(_brief(refused))})"
         return "no test"
 
@@ -136,8 +138,8 @@ class Tables:
         bits = next((n.bits for n in self._notes if (n.table, n.row) == (table, row) and n.bits), None)
         return "" if bits is None else f"{bits:.4g}"
 
-    def _words(self, table: str, row: str) -> str:
-        return next((n.words for n in self._notes if (n.table, n.row) == (table, row)), "")
+    def _note(self, table: str, row: str) -> Note | None:
+        return next((n for n in self._notes if (n.table, n.row) == (table, row)), None)
 
     def _number(self, reason: str) -> int:
         if reason not in self._reasons:
@@ -166,7 +168,7 @@ class Tables:
         by_words: dict[str, list[str]] = {}
         for note in self._notes:
             if note.table == table:
-                names = by_words.setdefault(_brief(note.words.replace(repr(note.row), "…")), [])
+                names = by_words.setdefault(_brief(note), [])
                 names += [note.row] if note.row not in names else []
         lines = [[", ".join(names), f"{_cell_text(words)}"] for words, names in by_words.items()]
         return f"### {title}\n\n{markdown_table(['what', 'the words'], lines)}"
@@ -180,8 +182,9 @@ def _named(row: str) -> str:
     return f"`{row}`: {KNOWN_AS[row]}" if row in KNOWN_AS else f"`{row}`"
 
 
-def _brief(words: str) -> str:
-    """Without the long list of what is supported, and the name of a test's tensor."""
+def _brief(note: Note) -> str:
+    """The words without what is refused, so that it can be told which are the same, and the list of what is not."""
+    words = note.words.replace(repr(note.row), "…").replace(note.row.removeprefix("GGUF type "), "…")
     for begin in ("supported architectures: ", "supported are llama", "supported types: "):
         at = words.find(begin)
         if at >= 0:
@@ -193,7 +196,7 @@ def _cell_text(words: str) -> str:
     return words.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
 
 
-def facts() -> str:
+def facts(notes: Iterable[Note]) -> str:
     """When, of which commit, and with what."""
 
     def of(package: str) -> str:
@@ -212,9 +215,9 @@ def facts() -> str:
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout.strip()
     python = f"Python {sys.version_info.major}.{sys.version_info.minor} on {sys.platform}"
-    return (
-        f"Made on {date.today()} at {commit or 'no commit'}: " + ", ".join([python, kernels, *map(of, PACKAGES)]) + "."
-    )
+    devices = sorted({note.device for note in notes} - {""})
+    found = ", ".join([python, kernels, *map(of, PACKAGES)])
+    return f"Made on {date.today()} at {commit or 'no commit'}, devices {', '.join(devices)}: {found}.\n"
 
 
 def with_tables(page: str, made: str) -> str:
@@ -240,7 +243,8 @@ def main(args: Sequence[str]) -> int:
         try:
             if not args:
                 run_tests(junit)
-            made = f"{facts()}\n\n{Tables(read_notes(junit)).render()}"
+            notes = read_notes(junit)
+            made = f"{facts(notes)}\n\n{Tables(notes).render()}"
             PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8"), made), encoding="utf-8")
         except Unusable as error:
             print(error, file=sys.stderr)

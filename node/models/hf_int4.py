@@ -123,7 +123,9 @@ class GptqPacking(_GroupedIntegers):
             raise ModelFileError(f"this model is quantized by GPTQ with {bits!r:.20} bits; {GPTQ_BITS} are supported")
         layout = described.get("checkpoint_format", "gptq")
         if layout not in ("gptq", "gptq_v2"):
-            raise ModelFileError(f"this model's GPTQ checkpoint_format {layout!r:.20} is not supported")
+            raise ModelFileError(
+                f"this model's GPTQ checkpoint_format {layout!r:.20} is not supported; gptq and gptq_v2 are"
+            )
         self._added = 1 if layout == "gptq" else 0
         super().__init__("GPTQ", described, bits)
 

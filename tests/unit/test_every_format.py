@@ -31,6 +31,7 @@ from swarmd.node.engine.quantized import BITS, GROUP_SIZES
 from swarmd.node.engine.tensors import tensor_shapes
 from swarmd.node.models.checkpoint import Checkpoint, open_checkpoint
 from swarmd.node.models.gguf_types import GGUFType
+from swarmd.node.models.hf_int4 import GPTQ_BITS
 
 WIDTHS = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
 MATRIX = "model.layers.0.self_attn.q_proj.weight"
@@ -130,7 +131,7 @@ FORMATS: dict[str, tuple[str, Build]] = {
     "folder F16": ("folder formats", of_floats(torch.float16)),
     "folder BF16": ("folder formats", of_floats(torch.bfloat16)),
     "fp8": ("folder formats", of_folder("quantization_config", FP8, lambda: fp8(128), rounded=True)),
-    **{f"gptq, {bits} bits": ("folder formats", _gptq(bits)) for bits in (4, 8)},
+    **{f"gptq, {bits} bits": ("folder formats", _gptq(bits)) for bits in GPTQ_BITS},
     "gptq_v2, 4 bits": ("folder formats", _gptq(4, checkpoint_format="gptq_v2")),
     "awq": ("folder formats", of_folder("quantization_config", AWQ, lambda: awq(32))),
     "mxfp4": ("folder formats", of_gpt_oss),

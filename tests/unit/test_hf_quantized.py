@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ def test_other_ways_are_refused_by_name(key: str, description: Any, says: str, t
         open_checkpoint(tmp_path / "m")
 
 
-def test_gptq_with_groups_of_scattered_inputs_is_refused(tmp_path: Path) -> None:
+def test_gptq_with_groups_of_scattered_inputs_is_refused(tmp_path: Path, proves: Callable[..., None]) -> None:
     description, pack = INT4["gptq 4 bits"]
     folder = write_folder(tmp_path / "m", tiny_llama(), description, pack, "quantization_config")
     tensors = load_file(folder.path / "model.safetensors")
@@ -169,9 +170,10 @@ def test_gptq_with_groups_of_scattered_inputs_is_refused(tmp_path: Path) -> None
     save_file(tensors, folder.path / "model.safetensors")
     with (
         open_checkpoint(folder.path) as checkpoint,
-        pytest.raises(ModelFileError, match=r"q_proj\.g_idx.*desc_act"),
+        pytest.raises(ModelFileError, match=r"q_proj\.g_idx.*desc_act") as caught,
     ):
         checkpoint.read("model.layers.0.self_attn.q_proj.weight")
+    proves("refused formats", "gptq with desc_act, when it is loaded", "words", "refused", words=str(caught.value))
 
 
 @pytest.mark.parametrize("part", ["qzeros", "scales"])

@@ -55,7 +55,7 @@ def test_cells_say_what_was_noted(tmp_path: Path) -> None:
     assert "1. MLX is not \\| installed" in made
     assert "| `Q4_K` | 4.5 | no test | works, 1e-06 | no test |" in made
     assert "| `IQ3_S` |  | refused (2) |" in made
-    assert "2. tensor 'x' is of type IQ3_S, not supported yet; supported: …" in made
+    assert "2. tensor 'x' is of type …, not supported yet; supported: …" in made
     assert "| `Unigram` | no test | works |" in made
 
 
@@ -77,7 +77,7 @@ def test_only_what_is_between_the_markers_is_replaced() -> None:
 
 
 def test_the_tests_that_it_runs_exist() -> None:
-    assert all((ROOT / name).is_file() for name in TESTS)
+    assert all((ROOT / name.partition("::")[0]).is_file() for name in TESTS)
 
 
 def test_nothing_that_the_readers_know_is_forgotten() -> None:

@@ -23,7 +23,7 @@ from swarmd.node.engine.gguf_blocks import DENSE_TYPES, QUANTIZED_FORMS
 from swarmd.node.models import gguf_families, hf_families
 from swarmd.node.models.gguf_types import GGUF_BLOCK, GGUFType
 
-ADVICE = re.compile(r"supported|\bget\b|\bgive\b|check the path|\bare needed\b|is named by|download it too")
+ADVICE = re.compile(r"(?<!not )supported|\b[gG]et\b|\bgive\b|check the path|\bare\b|is named by|download it too")
 """What to do, or what there is to choose from."""
 
 MODEL_TYPES = ("mamba", "falcon_mamba", "jamba", "rwkv", "gpt2", "gpt_neox", "gptj", "opt", "bloom", "falcon", "mpt")
@@ -79,7 +79,7 @@ def refusal(path: Path, tmp_path: Path) -> str:
     words = str(caught.value)
     assert words.startswith("--model: ")
     assert ADVICE.search(words), f"what is to be done is not said: {words}"
-    return words.removeprefix("--model: ").replace(f"{tmp_path}/", "")
+    return words.removeprefix("--model: ").replace(f"{tmp_path}/", "").replace(str(tmp_path), "the folder")
 
 
 def folder_with(tmp_path: Path, config: dict[str, Any]) -> Path:
