@@ -10,8 +10,10 @@ from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from swarmd.node.engine.cpu.bindings import BLOCK
 from swarmd.node.engine.stage_compute import KvExhausted, StepError
+
+BLOCK = 16
+"""Tokens in one block; the native kernels have it as SWARMD_BLOCK."""
 
 Copies = list[tuple[int, int]]
 """(from block, to block): what must be copied before anything is written."""

@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from swarmd.node.engine.backends.base import RowSpan
-from swarmd.node.engine.backends.torch_cuda import BLOCK, PagedBatch, PagedPool, TorchCudaBackend
-from swarmd.node.engine.block_table import BlockTable
+from swarmd.node.engine.backends.torch_cuda import TorchCudaBackend
+from swarmd.node.engine.backends.torch_experts import StackedExperts
+from swarmd.node.engine.backends.torch_paged import LoneRows, LongSpan, PagedBatch, PagedPool
+from swarmd.node.engine.block_table import BLOCK, BlockTable
 from swarmd.node.engine.cuda_graphs import Calls, CudaGraphs, Replays
 from swarmd.node.engine.decoder import Decoder
 from swarmd.node.engine.spec import ArchSpec
 from swarmd.node.engine.stage_compute import Span, StageOutput, WireDtype, summarize
-from swarmd.node.engine.weights import ReportProgress, StageWeights, load_stage_weights
+from swarmd.node.engine.weights import MoeWeights, ReportProgress, StageWeights, load_stage_weights
 from swarmd.node.models.checkpoint import Checkpoint
-from swarmd.node.models.errors import ModelFileError
 
 MOST_SEQUENCES = 64
 """The largest decode step that is captured."""
+
+
+@dataclass(frozen=True)
+class StaticStep:
+    """What a decode step of so many rows reads, always in the same memory.
+
+    `plan` int32 [rows, 2 + blocks]: a row's token, its position, the blocks of its sequence. `hidden` [rows, hidden]:
+    None on the first stage.
+    """
+
+    plan: torch.Tensor
+    hidden: torch.Tensor | None
 
 
 class CudaCompute:
@@ -48,14 +63,10 @@ class CudaCompute:
         self._layers: Any = range(end - start)
         # One block more than the table hands out: the rows that fill up a decode step write there.
         self._spare = self._table.n_blocks
-        shape = (self._spare + 1, BLOCK, spec.n_kv_heads, spec.head_dim)
-        kept = backend.product_type
-        backend.pools = [
-            PagedPool(*(torch.zeros(shape, dtype=kept, device=self._device) for _ in ("keys", "values")))
-            for _ in range(start, end)
-        ]
-        # Choosing experts needs the host to know which were chosen.
-        self._replays: Replays = Calls() if any(layer.moe for layer in spec.layers[start:end]) else replays
+        self._most_blocks = min(self._table.n_blocks, -(-spec.context_length // BLOCK))
+        backend.pools = [self._pool(spec) for _ in range(start, end)]
+        self._steps: dict[tuple[int, int], StaticStep] = {}
+        self._replays = replays if _capturable(weights) else Calls()
 
     @classmethod
     def load(
@@ -70,26 +81,12 @@ class CudaCompute:
         progress: ReportProgress | None = None,
     ) -> CudaCompute:
         """See `StageEngine.load`. Raises ValueError, in words, where torch finds no such GPU; MemoryError."""
-        if checkpoint.spec.latent is not None:
-            raise ModelFileError(
-                f"{checkpoint.name} has multi-head latent attention, which is not computed on {device} yet; use "
-                "--device cpu"
-            )
-        if not torch.cuda.is_available():
-            raise ValueError(
-                f"{device} cannot compute: this PyTorch ({torch.__version__}) finds no CUDA GPU; install the build of "
-                "torch for CUDA and NVIDIA's driver, or use --device cpu"
-            )
-        if torch.device(device).index not in range(torch.cuda.device_count()):
-            raise ValueError(f"there is no {device} here; torch finds {torch.cuda.device_count()} GPU(s)")
+        require_gpu(device)
         torch.set_grad_enabled(False)
-        torch.cuda.set_device(device)
-        backend = TorchCudaBackend(torch.device(device))
-        try:
+        with torch.cuda.device(device), memory_errors(f"layers {start} to {end - 1} do not fit on {device}"):
+            backend = TorchCudaBackend(torch.device(device))
             weights = load_stage_weights(checkpoint, start, end, backend, context=context, progress=progress)
             return cls(checkpoint.spec, start, end, weights, backend, kv_tokens, CudaGraphs())
-        except torch.cuda.OutOfMemoryError as error:
-            raise MemoryError(f"layers {start} to {end - 1} do not fit on {device}: {error}") from error
 
     def open(self, seq: int) -> None:
         """See `StageCompute`."""
@@ -112,20 +109,24 @@ class CudaCompute:
         self._table.free(seq)
 
     def forward(self, spans: Sequence[Span], hidden: Any, dtype: WireDtype, wanted: Sequence[int]) -> StageOutput:
-        """See `StageCompute`."""
-        self._reserve(spans)
+        """See `StageCompute`. Raises MemoryError, the lengths being as they were."""
         rows = sum(len(span.tokens) for span in spans)
-        with torch.device(self._device):
-            inputs = self._input(spans, hidden, dtype, rows)
-            out = self._computed(spans, inputs, wanted) if rows else torch.empty(0, self._hidden_size)
-            for span in spans:
-                self._table.commit(span.seq, span.end)
+        with self._here(), memory_errors(f"a step of {rows} tokens does not fit on {self._device}"):
+            self._reserve(spans)
+            out = self._computed(spans, hidden, dtype, wanted) if rows else None
             if not self._last:
-                return StageOutput(self._backend.send(out, dtype))
-        if not wanted:
-            return StageOutput(None)
-        logits = out.cpu().numpy()
-        return StageOutput(None, logits, [summarize(row) for row in logits])
+                given = memoryview(b"") if out is None else self._backend.send(out, dtype)
+            else:
+                given = None if out is None or not wanted else out.cpu().numpy()
+        for span in spans:
+            self._table.commit(span.seq, span.end)
+        if given is None or isinstance(given, memoryview):
+            return StageOutput(given)
+        return StageOutput(None, given, [summarize(row) for row in given])
+
+    def _here(self) -> AbstractContextManager[Any]:
+        """Kernels are launched on a thread's current GPU."""
+        return nullcontext() if self._device.type == "cpu" else torch.cuda.device(self._device)
 
     def _reserve(self, spans: Sequence[Span]) -> None:
         for old, new in self._table.reserve({span.seq: span.end for span in spans}):
@@ -133,51 +134,69 @@ class CudaCompute:
                 pool.keys[new] = pool.keys[old]
                 pool.values[new] = pool.values[old]
 
-    def _input(self, spans: Sequence[Span], hidden: Any, dtype: WireDtype, rows: int) -> torch.Tensor:
-        """Token ids [rows] on the first stage, else hidden states."""
-        if self._first:
-            return torch.tensor([token for span in spans for token in span.tokens], dtype=torch.int64)
-        return self._backend.receive(hidden, dtype, rows, self._hidden_size)
-
-    def _computed(self, spans: Sequence[Span], inputs: torch.Tensor, wanted: Sequence[int]) -> torch.Tensor:
+    def _computed(self, spans: Sequence[Span], hidden: Any, dtype: WireDtype, wanted: Sequence[int]) -> torch.Tensor:
         """Hidden states of all rows; on the last stage logits of the wanted ones."""
-        if len(inputs) == len(spans) <= MOST_SEQUENCES:
-            return self._decode(spans, inputs, wanted)
+        rows = sum(len(span.tokens) for span in spans)
+        states = None if self._first else self._backend.receive(hidden, dtype, rows, self._hidden_size)
+        if rows == len(spans) <= MOST_SEQUENCES:
+            out = self._decode(spans, states)
+            return self._backend.select(out, wanted) if self._last else out[:rows]
+        batch, row_spans = self._batch(spans)
+        self._backend.batch = batch
+        x = self._decoder.embed([token for span in spans for token in span.tokens]) if states is None else states
+        x = self._decoder.forward(x, row_spans, [self._layers] * len(spans))
+        return self._head(self._backend.select(x, wanted)) if self._last and wanted else x
+
+    def _batch(self, spans: Sequence[Span]) -> tuple[PagedBatch, list[RowSpan]]:
+        """Where the rows of a step of any kind stand."""
+        row_spans: list[RowSpan] = []
+        for span in spans:
+            begin = row_spans[-1].end if row_spans else 0
+            row_spans.append(RowSpan(begin, begin + len(span.tokens), span.start))
         positions = [position for span in spans for position in range(span.start, span.end)]
         slots = [self._slot(span.seq, position) for span in spans for position in range(span.start, span.end)]
-        tables = self._tables(spans, max(len(self._table.blocks(span.seq)) for span in spans))
-        self._backend.batch = PagedBatch(torch.tensor(positions), torch.tensor(slots), tables, decode=False)
-        rows: list[RowSpan] = []
-        for span in spans:
-            begin = rows[-1].end if rows else 0
-            rows.append(RowSpan(begin, begin + len(span.tokens), span.start))
-        x = self._decoder.embed(inputs) if self._first else inputs  # pyright: ignore[reportArgumentType]  a tensor is fine
-        x = self._decoder.forward(x, rows, [self._layers] * len(spans))
-        if not self._last or not wanted:
-            return x
-        return self._head(x[torch.tensor(wanted, dtype=torch.int64)])
+        tables = self._on_device(self._tables(spans))
+        alone = [i for i, span in enumerate(spans) if len(span.tokens) == 1]
+        together = [i for i, span in enumerate(spans) if len(span.tokens) > 1]
+        lone = None
+        if alone:
+            firsts, starts = [row_spans[i].begin for i in alone], [spans[i].start for i in alone]
+            lone = LoneRows(self._on_device(firsts), self._on_device(starts), tables[self._on_device(alone)])
+        long = tuple(LongSpan(row_spans[i].begin, row_spans[i].end, spans[i].start, tables[i]) for i in together)
+        return PagedBatch(self._on_device(positions), self._on_device(slots), lone, long), row_spans
 
-    def _decode(self, spans: Sequence[Span], inputs: torch.Tensor, wanted: Sequence[int]) -> torch.Tensor:
-        """One token of each sequence, filled up to sizes that are captured: powers of two of rows and of blocks."""
-        rows = _power_of_two(len(spans))
-        more = rows - len(spans)
-        blocks = _power_of_two(max(len(self._table.blocks(span.seq)) for span in spans))
-        positions = torch.tensor([span.start for span in spans] + [0] * more)
-        slots = torch.tensor([self._slot(span.seq, span.start) for span in spans] + [self._spare * BLOCK] * more)
-        tables = torch.cat((self._tables(spans, blocks), torch.full((more, blocks), self._spare)))
-        filled = torch.cat((inputs, torch.zeros((more, *inputs.shape[1:]), dtype=inputs.dtype)))
-        out = self._replays.run(self._decode_step, (filled, positions, slots, tables))
-        if not self._last:
-            return out[: len(spans)].clone()
-        return out[torch.tensor(wanted, dtype=torch.int64)]
+    def _decode(self, spans: Sequence[Span], states: torch.Tensor | None) -> torch.Tensor:
+        """One token of each sequence, filled up to sizes that are captured.
 
-    def _decode_step(
-        self, inputs: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, tables: torch.Tensor
-    ) -> torch.Tensor:
+        These are powers of two of rows and, where attention reads whole tables (without Triton), of blocks.
+        """
+        tables = self._tables(spans)
+        key = (_power_of_two(len(spans)), self._most_blocks if self._backend.fused else _power_of_two(tables.shape[1]))
+        step = self._steps.get(key)
+        if step is None:
+            step = self._steps[key] = self._static_step(*key)
+        plan = np.full((key[0], 2 + tables.shape[1]), self._spare, np.int32)
+        plan[:, :2] = 0
+        plan[: len(spans), 0] = [span.tokens[0] for span in spans]
+        plan[: len(spans), 1] = [span.start for span in spans]
+        plan[: len(spans), 2:] = tables
+        step.plan[:, : plan.shape[1]].copy_(torch.from_numpy(plan))
+        if step.hidden is not None and states is not None:
+            step.hidden[: len(spans)].copy_(states)
+        return self._replays.run(key, lambda: self._decode_step(step))
+
+    def _static_step(self, rows: int, blocks: int) -> StaticStep:
+        plan = torch.zeros((rows, 2 + blocks), dtype=torch.int32, device=self._device)
+        hidden = None if self._first else torch.zeros((rows, self._hidden_size), device=self._device)
+        return StaticStep(plan, hidden)
+
+    def _decode_step(self, step: StaticStep) -> torch.Tensor:
         """What is captured: hidden states, or on the last stage logits, of all rows."""
-        self._backend.batch = PagedBatch(positions, slots, tables, decode=True)
-        x = self._decoder.embed(inputs) if self._first else inputs.clone()  # pyright: ignore[reportArgumentType]
-        x = self._decoder.forward(x, [RowSpan(i, i + 1, 0) for i in range(len(inputs))], [self._layers] * len(inputs))
+        self._backend.batch = PagedBatch.of_lone(step.plan[:, 1], step.plan[:, 2:])
+        tokens: Any = step.plan[:, 0]
+        x = self._decoder.embed(tokens) if step.hidden is None else step.hidden.clone()
+        # The spans say nothing that the batch does not.
+        x = self._decoder.forward(x, [RowSpan(i, i + 1, 0) for i in range(len(x))], [self._layers] * len(x))
         return self._head(x) if self._last else x
 
     def _head(self, x: torch.Tensor) -> torch.Tensor:
@@ -188,13 +207,47 @@ class CudaCompute:
     def _slot(self, seq: int, position: int) -> int:
         return self._table.blocks(seq)[position // BLOCK] * BLOCK + position % BLOCK
 
-    def _tables(self, spans: Sequence[Span], blocks: int) -> torch.Tensor:
-        """[sequences, blocks], filled up with the spare block."""
-        tables = np.full((len(spans), blocks), self._spare, np.int64)
-        for row, span in zip(tables, spans, strict=True):
-            own = self._table.blocks(span.seq)
+    def _tables(self, spans: Sequence[Span]) -> np.ndarray:
+        """The sequences' blocks, int32 [sequences, blocks], filled up with the spare block."""
+        blocks = [self._table.blocks(span.seq) for span in spans]
+        tables = np.full((len(spans), max(map(len, blocks))), self._spare, np.int32)
+        for row, own in zip(tables, blocks, strict=True):
             row[: len(own)] = own
-        return torch.from_numpy(tables).to(self._device)
+        return tables
+
+    def _on_device(self, numbers: Sequence[int] | np.ndarray) -> torch.Tensor:
+        return torch.as_tensor(numbers, device=self._device)
+
+    def _pool(self, spec: ArchSpec) -> PagedPool:
+        shape, kept = (self._spare + 1, BLOCK, spec.cache.heads), self._backend.product_type
+        dims = (spec.cache.key_dim, spec.cache.value_dim)
+        return PagedPool(*(torch.zeros((*shape, dim), dtype=kept, device=self._device) for dim in dims))
+
+
+def require_gpu(device: str) -> None:
+    """Raises ValueError, with what to do, where torch finds no such GPU."""
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"{device} cannot compute: this PyTorch ({torch.__version__}) finds no CUDA GPU; install the build of "
+            "torch for CUDA and NVIDIA's driver, or use --device cpu"
+        )
+    if torch.device(device).index not in range(torch.cuda.device_count()):
+        raise ValueError(f"there is no {device} here; torch finds {torch.cuda.device_count()} GPU(s)")
+
+
+@contextmanager
+def memory_errors(what: str) -> Iterator[None]:
+    """A GPU's running out of memory becomes a MemoryError that says what was too much, and what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(f"{what}; give that device less with --memory: {error}") from error
+
+
+def _capturable(weights: StageWeights) -> bool:
+    """Whether decode steps ask the host nothing: experts that could not be stacked are chosen there."""
+    mixtures = (layer.mlp for layer in weights.layers if isinstance(layer.mlp, MoeWeights))
+    return all(isinstance(mixture.experts, StackedExperts) for mixture in mixtures)
 
 
 def _power_of_two(count: int) -> int:

@@ -1,4 +1,4 @@
-"""Replaying a step without Python: a function of tensors is captured once for each size of its inputs
+"""Replaying a step without Python: a function that works on memory of its own is captured once
 (https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs), or just called where nothing can be captured.
 """
 
@@ -10,66 +10,61 @@ from typing import Protocol
 
 import torch
 
-Tensors = tuple[torch.Tensor, ...]
-Function = Callable[..., torch.Tensor]
+Function = Callable[[], torch.Tensor]
 
 
 class Replays(Protocol):
-    """Runs a function again and again."""
+    """Runs functions again and again."""
 
-    def run(self, function: Function, inputs: Tensors) -> torch.Tensor:
-        """What the function gives for these inputs; valid until the next run."""
+    def run(self, key: tuple[int, ...], function: Function) -> torch.Tensor:
+        """What the function gives; valid until the next run. One key, one work on the same memory."""
         ...
 
 
 class Calls:
     """Calls the function."""
 
-    def run(self, function: Function, inputs: Tensors) -> torch.Tensor:
+    def run(self, key: tuple[int, ...], function: Function) -> torch.Tensor:
         """See `Replays`."""
-        return function(*inputs)
+        return function()
 
 
 @dataclass
 class _Captured:
     graph: torch.cuda.CUDAGraph
-    inputs: Tensors
     output: torch.Tensor
 
 
 class CudaGraphs:
-    """One graph for each function's name and sizes of inputs, all in one pool of memory; captured at the first use.
+    """One graph for each key, all in one pool of memory; captured at the first use, on the current device.
 
-    The function must not touch the host, and allocate the same for the same sizes.
+    The function must not touch the host.
     """
 
     WARM_UP = 2
     """Runs before the capture: libraries set themselves up, and kernels are compiled."""
 
     def __init__(self) -> None:
-        self._captured: dict[tuple[object, ...], _Captured] = {}
+        self._captured: dict[tuple[int, ...], _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
-    def run(self, function: Function, inputs: Tensors) -> torch.Tensor:
+    def run(self, key: tuple[int, ...], function: Function) -> torch.Tensor:
         """See `Replays`."""
-        key = (function.__name__, *((tensor.shape, tensor.dtype) for tensor in inputs))
         if key not in self._captured:
-            self._captured[key] = self._capture(function, inputs)
+            self._captured[key] = self._capture(function)
         captured = self._captured[key]
-        for static, given in zip(captured.inputs, inputs, strict=True):
-            static.copy_(given)
         captured.graph.replay()
         return captured.output
 
-    def _capture(self, function: Function, inputs: Tensors) -> _Captured:
-        static = tuple(tensor.clone() for tensor in inputs)
+    def _capture(self, function: Function) -> _Captured:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(self.WARM_UP):
-                function(*static)
+                function()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            output = function(*static)
-        return _Captured(graph, static, output)
+        # Another thread's calls to CUDA are no matter of ours.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            output = function()
+        return _Captured(graph, output)

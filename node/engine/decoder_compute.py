@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from swarmd.node.engine.backends.base import Array, Backend, RowSpan
+from swarmd.node.engine.backends.base import Array, CachingBackend, RowSpan
 from swarmd.node.engine.decoder import Decoder
 from swarmd.node.engine.kv_cache import KvCache
 from swarmd.node.engine.spec import ArchSpec
@@ -18,7 +18,7 @@ class DecoderCompute:
     """See `StageCompute`. A fork copies what it shares."""
 
     def __init__(
-        self, spec: ArchSpec, start: int, end: int, weights: StageWeights, backend: Backend, kv_tokens: int
+        self, spec: ArchSpec, start: int, end: int, weights: StageWeights, backend: CachingBackend, kv_tokens: int
     ) -> None:
         self.name = backend.name
         self.weight_bytes = weights.nbytes
@@ -34,7 +34,7 @@ class DecoderCompute:
         checkpoint: Checkpoint,
         start: int,
         end: int,
-        backend: Backend,
+        backend: CachingBackend,
         *,
         kv_tokens: int,
         context: int | None = None,

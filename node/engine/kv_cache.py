@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from swarmd.node.engine.backends.base import Backend, LayerCache
+from swarmd.node.engine.backends.base import CachingBackend, LayerCache
 from swarmd.node.engine.spec import CacheShape
 from swarmd.node.engine.stage_compute import KvExhausted, StepError
 
@@ -28,7 +28,7 @@ class _Sequence:
 class KvCache:
     """The caches of `n_layers` layers for any number of sequences; all counts are in tokens."""
 
-    def __init__(self, backend: Backend, n_layers: int, shape: CacheShape, capacity: int) -> None:
+    def __init__(self, backend: CachingBackend, n_layers: int, shape: CacheShape, capacity: int) -> None:
         self.capacity = capacity
         self._backend = backend
         self._n_layers = n_layers

@@ -24,6 +24,7 @@ from support.native_kernels import (
 from support.native_reference import attended, signs, sixty_fourths
 from support.native_stage import LayerParts, NativeStage, Part, Shape, dense
 
+from swarmd.node.engine.block_table import BLOCK
 from swarmd.node.engine.cpu import bindings as library
 from swarmd.node.engine.cpu.matrices import NativeMatrix, linear
 from swarmd.node.engine.quantized import FloatType
@@ -136,7 +137,7 @@ def test_attention_over_any_ragged_batches(
     heads = kv_heads * group
     shape = Shape(heads * head_dim, heads, kv_heads, head_dim)
     weights = sixty_fourths(rng, shape.qkv, shape.hidden, 6 / shape.hidden**0.5)
-    needed = [-(-sum(parts) // library.BLOCK) for parts in cut]
+    needed = [-(-sum(parts) // BLOCK) for parts in cut]
     blocks = iter(rng.permutation(sum(needed) + 1))
     tables = {seq: [int(next(blocks)) for _ in range(count)] for seq, count in enumerate(needed)}
     layer = LayerParts(shape, qkv=dense(weights), attention_output=dense(np.eye(shape.hidden)))

@@ -12,7 +12,7 @@ from swarmd.node.engine.weights import AttentionWeights
 class HalfCacheBackend(TorchCpuBackend):
     """Plain torch in everything else."""
 
-    def _attend(
+    def attend(
         self,
         queries: torch.Tensor,
         keys: torch.Tensor,
@@ -21,4 +21,4 @@ class HalfCacheBackend(TorchCpuBackend):
         shape: AttentionShape,
         weights: AttentionWeights,
     ) -> torch.Tensor:
-        return super()._attend(queries, keys.half().float(), values.half().float(), start, shape, weights)
+        return super().attend(queries, keys.half().float(), values.half().float(), start, shape, weights)

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from swarmd.node.engine.cpu.bindings import BLOCK, TILE, Batch, load
+from swarmd.node.engine.block_table import BLOCK
+from swarmd.node.engine.cpu.bindings import TILE, Batch, load
 from swarmd.node.engine.cpu.matrices import NativeMatrix, aligned
 from swarmd.node.engine.cpu.stage_structs import StageStructs
 from swarmd.node.engine.quantized import DenseWeight, Weight

@@ -8,8 +8,10 @@ import pytest
 from support.architectures import FOLDERS, Oracle, check_batch, check_model, prompt_of
 from support.cuda_twin import load_twin
 
+pytestmark = pytest.mark.slow
 
-@pytest.fixture(scope="module", params=[name for name in FOLDERS if not name.startswith("deepseek")])
+
+@pytest.fixture(scope="module", params=FOLDERS)
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Oracle, Path, int]:
     model = FOLDERS[request.param]()
     folder = tmp_path_factory.mktemp("cuda") / "model"

@@ -15,7 +15,7 @@ from support.weight_forms import FORMS
 LIMIT_BEFORE = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 mx = pytest.importorskip("mlx.core", reason="MLX is not installed (pip install 'swarmd[mlx]')")
 
-from swarmd.node.engine.backends.base import AttentionShape, Backend, RowSpan  # noqa: E402
+from swarmd.node.engine.backends.base import AttentionShape, Backend, CachingBackend, RowSpan  # noqa: E402
 from swarmd.node.engine.backends.mlx import MlxBackend  # noqa: E402
 from swarmd.node.engine.backends.mlx_experts import SeparateExperts, StackedExperts  # noqa: E402
 from swarmd.node.engine.backends.torch_cpu import TorchCpuBackend  # noqa: E402
@@ -24,7 +24,7 @@ from swarmd.node.engine.quantized import Weight  # noqa: E402
 from swarmd.node.engine.spec import CacheShape, MoeSpec  # noqa: E402
 from swarmd.node.engine.weights import AttentionWeights, Linear, MlpWeights, MoeWeights  # noqa: E402
 
-TORCH: Backend = TorchCpuBackend()
+TORCH: CachingBackend = TorchCpuBackend()
 MLX = MlxBackend(MLX_DEVICE)
 BOTH = (TORCH, MLX)
 RELATIVE = 2e-6
@@ -172,7 +172,7 @@ def test_attention_of_two_sequences_over_several_steps(name: str, rotated: int):
     def norms(heads: int) -> int:
         return heads * shape.head_dim if shape.qk_norm == "full" else shape.head_dim
 
-    def steps(backend: Backend) -> np.ndarray:
+    def steps(backend: CachingBackend) -> np.ndarray:
         cache = KvCache(backend, 1, CacheShape(shape.kv_heads, shape.head_dim, shape.head_dim), 256)
         cache.open(0)
         cache.open(1)

@@ -20,7 +20,7 @@ from support.native_reference import (
 )
 from support.native_stage import LayerParts, NativeStage, Part, Shape, dense, vector
 
-from swarmd.node.engine.backends.torch_cpu import route
+from swarmd.node.engine.backends.torch_ops import route
 from swarmd.node.engine.cpu import bindings as library
 from swarmd.node.engine.cpu.matrices import NativeMatrix
 from swarmd.node.engine.spec import LayerSpec, MoeSpec

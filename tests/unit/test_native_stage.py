@@ -12,6 +12,7 @@ from support.native_kernels import BITS, Product, U, dense_weight, exceeds, mach
 from support.native_reference import HALF, attended, gated, rotated, signs, sixty_fourths
 from support.native_stage import LayerParts, NativeStage, Part, Shape, dense
 
+from swarmd.node.engine.block_table import BLOCK
 from swarmd.node.engine.cpu import bindings as library
 from swarmd.node.engine.cpu.bindings import Summary
 
@@ -108,7 +109,7 @@ class TestAttention:
         """Attention added to the input, sequences of these lengths on shuffled blocks."""
         heads, _, head_dim = sizes
         shape = Shape(heads * head_dim, *sizes)
-        needed = [-(-length // library.BLOCK) for length in lengths]
+        needed = [-(-length // BLOCK) for length in lengths]
         blocks = rng.permutation(sum(needed) + 2)
         ends = np.cumsum(needed)
         tables = {seq: blocks[end - count : end] for seq, (end, count) in enumerate(zip(ends, needed, strict=True))}

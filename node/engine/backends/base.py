@@ -193,6 +193,10 @@ class Backend(WeightKeeper, Protocol):
         """The head's outputs, float32 on the host."""
         ...
 
+
+class CachingBackend(Backend, Protocol):
+    """A backend whose caches are contiguous per sequence, for `KvCache`."""
+
     def settle(self, caches: Sequence[LayerCache]) -> None:
         """Have all that was written to these caches computed, for backends whose operations only promise results."""
         ...

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
 
-from swarmd.node.engine.quantized import DenseWeight, QuantizedWeight, Scales, Weight
+from swarmd.node.engine.quantized import DenseWeight, QuantizedWeight, Scales, Weight, form_of
 
-TILE_ELEMENTS = 1 << 24
-"""At most so many weights are dequantized at a time: 32 MiB of bf16."""
+TILE_ELEMENTS = 1 << 22
+"""At most so many weights are dequantized at a time: 8 MiB of bf16, a dozen times that by operations of torch."""
 WORD_BITS = 32
 """32 codes of b bits are b whole words."""
 
@@ -40,6 +41,16 @@ class DeviceScales:
     def per_super(self) -> int:
         """Groups that share a super-scale; 1 without any."""
         return 1 if self.supers is None else self.values.shape[1] // self.supers.shape[1]
+
+    def take(self, rows: slice) -> DeviceScales:
+        """The chosen rows, of the same memory."""
+        return DeviceScales(self.values[rows], None if self.supers is None else self.supers[rows])
+
+    @classmethod
+    def below(cls, parts: Sequence[DeviceScales]) -> DeviceScales:
+        """The rows of all parts, which have one form."""
+        supers = [part.supers for part in parts if part.supers is not None]
+        return cls(torch.cat([part.values for part in parts]), torch.cat(supers) if supers else None)
 
     def expand(self, rows: slice | torch.Tensor) -> torch.Tensor:
         """fp32 [chosen rows, groups]."""
@@ -75,6 +86,12 @@ class PackedPart:
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """All that is held, but for the codebook."""
         return (self.q, *self.scale.tensors, *(self.bias.tensors if self.bias is not None else ()))
+
+    def take(self, rows: slice) -> PackedPart:
+        """The chosen rows, of the same memory."""
+        bias = None if self.bias is None else self.bias.take(rows)
+        form = (self.bits, self.group_size, self.offset)
+        return PackedPart(*form, self.q[rows], self.scale.take(rows), bias, self.codebook)
 
     def values(self, rows: slice | torch.Tensor) -> torch.Tensor:
         """The chosen rows: fp32 [chosen, columns], as `QuantizedWeight.dequantize` defines them."""
@@ -119,6 +136,10 @@ class DensePart:
         """All that is held."""
         return (self.weights,)
 
+    def take(self, rows: slice) -> DensePart:
+        """The chosen rows, of the same memory."""
+        return DensePart(self.weights[rows])
+
     def values(self, rows: slice | torch.Tensor) -> torch.Tensor:
         """The chosen rows, in the file's type."""
         return self.weights[rows]
@@ -150,15 +171,46 @@ class PackedMatrix:
 
 
 def packed(parts: Sequence[Weight], device: torch.device) -> PackedMatrix:
-    """The matrix made of `parts` stacked along their rows, on the device."""
-    return PackedMatrix(tuple(_part(part, device) for part in parts))
+    """The matrix made of `parts` stacked along their rows, on the device; neighbours of one form become one part."""
+    alike = groupby(parts, key=_form)
+    return PackedMatrix(tuple(below([_part(part, device) for part in group]) for _, group in alike))
 
 
-def product(x: torch.Tensor, part: Part) -> torch.Tensor:
-    """x [n, columns] times a part, in the type of x, tile by tile: [n, rows]."""
-    height = max(1, TILE_ELEMENTS // part.columns)
-    tiles = [part.values(slice(top, top + height)).to(x.dtype) for top in range(0, part.rows, height)]
-    return torch.cat([x @ tile.t() for tile in tiles], dim=1)
+def below(parts: Sequence[Part]) -> Part:
+    """The rows of all parts, which have one form, below each other."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if isinstance(first, DensePart):
+        return DensePart(torch.cat([part.weights for part in parts if isinstance(part, DensePart)]))
+    quantized = [part for part in parts if isinstance(part, PackedPart)]
+    biases = [part.bias for part in quantized if part.bias is not None]
+    return PackedPart(
+        *(first.bits, first.group_size, first.offset),
+        torch.cat([part.q for part in quantized]),
+        DeviceScales.below([part.scale for part in quantized]),
+        DeviceScales.below(biases) if biases else None,
+        first.codebook,
+    )
+
+
+def product(x: torch.Tensor, part: Part, read: Callable[[Part, int, int], torch.Tensor] | None = None) -> torch.Tensor:
+    """x [n, columns] times a part, in the type of x, tile by tile: [n, rows].
+
+    `read` gives rows [begin, end) of a part in that type, by default by operations of torch.
+    """
+    height = max(1, TILE_ELEMENTS // part.columns) if isinstance(part, PackedPart) else part.rows
+    read = read or (lambda part, begin, end: part.values(slice(begin, end)).to(x.dtype))
+    tiles = [(top, min(top + height, part.rows)) for top in range(0, part.rows, height)]
+    outputs = [x @ read(part, *tile).t() for tile in tiles]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def _form(weight: Weight) -> tuple[object, ...]:
+    """Equal for weights that can be one part."""
+    if isinstance(weight, DenseWeight):
+        return (weight.type,)
+    return (form_of(weight), weight.offset, None if weight.codebook is None else weight.codebook.tobytes())
 
 
 def _part(weight: Weight, device: torch.device) -> Part:

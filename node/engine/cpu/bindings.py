@@ -14,8 +14,6 @@ TILE = 16
 """Rows of a matrix that are packed together."""
 GROUP = 32
 """Columns whose codes are packed together."""
-BLOCK = 16
-"""Tokens in one block of the KV cache."""
 
 LIBRARY_VARIABLE = "SWARMD_NATIVE_LIBRARY"
 """Environment variable that names another build of the library, such as one with sanitizers."""

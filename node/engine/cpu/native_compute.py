@@ -10,8 +10,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from swarmd.node.engine.block_table import BlockTable
-from swarmd.node.engine.cpu.bindings import BLOCK, GROUP, TILE, Batch, Summary, load
+from swarmd.node.engine.block_table import BLOCK, BlockTable
+from swarmd.node.engine.cpu.bindings import GROUP, TILE, Batch, Summary, load
 from swarmd.node.engine.cpu.matrices import NativeMatrix, aligned
 from swarmd.node.engine.cpu.stage_structs import StageStructs
 from swarmd.node.engine.quantized import Array, Weight
