@@ -4,11 +4,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+
+log = logging.getLogger("swarmd.engine")
 
 Function = Callable[[], torch.Tensor]
 
@@ -38,7 +41,8 @@ class _Captured:
 class CudaGraphs:
     """One graph for each key, all in one pool of memory; captured at the first use, on the current device.
 
-    The function must not touch the host.
+    The function must not touch the host. Where a driver refuses the capture, functions are called from then on, and the
+    log says so.
     """
 
     WARM_UP = 2
@@ -46,17 +50,32 @@ class CudaGraphs:
 
     def __init__(self) -> None:
         self._captured: dict[tuple[int, ...], _Captured] = {}
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: tuple[int, int] | None = None
+        self._refused = False
 
     def run(self, key: tuple[int, ...], function: Function) -> torch.Tensor:
         """See `Replays`."""
+        if key not in self._captured and not self._refused:
+            self._try(key, function)
         if key not in self._captured:
-            self._captured[key] = self._capture(function)
+            return function()
         captured = self._captured[key]
         captured.graph.replay()
         return captured.output
 
+    def _try(self, key: tuple[int, ...], function: Function) -> None:
+        """Raises torch.OutOfMemoryError."""
+        try:
+            self._captured[key] = self._capture(function)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self._refused = True
+            log.warning("decode steps cannot be captured as CUDA graphs, so they run slower: %s", error)
+
     def _capture(self, function: Function) -> _Captured:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

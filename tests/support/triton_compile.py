@@ -25,7 +25,7 @@ WARP = 32
 class Compiler:
     """Stands in for a kernel: a launch compiles it for these arguments and computes nothing.
 
-    `shared` has the bytes of shared memory of each.
+    `shared` has the bytes of shared memory of each, `assembly` the last one's PTX.
     """
 
     def __init__(self, kernel: Any, capability: int) -> None:
@@ -33,19 +33,30 @@ class Compiler:
         self._kernel = kernel
         self._target = GPUTarget("cuda", capability, WARP)
         self.shared: list[int] = []
+        self.assembly = ""
 
     def __getitem__(self, grid: object) -> Callable[..., None]:
         return self._compile
 
     def _compile(self, *arguments: Any, **constants: Any) -> None:
         names = self._kernel.arg_names
-        signature = {name: _type(value) for name, value in zip(names, arguments, strict=False)}
-        signature |= dict.fromkeys(constants, "constexpr")
-        positions = {(names.index(name),): value for name, value in constants.items()}
-        source = ASTSource(self._kernel, {name: signature[name] for name in names}, constexprs=positions)
+        given = dict(zip(names, arguments, strict=False))
+        # As a launch does: numbers that are 1 are compiled in, and the compiler is told what is a multiple of 16.
+        constants |= {name: value for name, value in given.items() if isinstance(value, int) and value == 1}
+        signature = {name: _type(value) for name, value in given.items()} | dict.fromkeys(constants, "constexpr")
+        fixed = {(names.index(name),): value for name, value in constants.items()}
+        multiples = [name for name, value in given.items() if name not in constants and _of_16(value)]
+        hints: dict[tuple[int, ...], Any] = {(names.index(name),): [["tt.divisibility", 16]] for name in multiples}
+        source = ASTSource(self._kernel, {name: signature[name] for name in names}, constexprs=fixed, attrs=hints)
         compiled = triton.compile(source, target=self._target)
         assert compiled.asm["cubin"], "machine code was made"
+        self.assembly = compiled.asm["ptx"]
         self.shared.append(compiled.metadata.shared)
+
+
+def _of_16(value: Any) -> bool:
+    number = value.data_ptr() if isinstance(value, torch.Tensor) else value
+    return isinstance(number, int) and number % 16 == 0
 
 
 def _type(value: Any) -> str:

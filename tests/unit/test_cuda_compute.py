@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from swarmd.node.engine.backends.torch_experts import StackedExperts, stacked
 from swarmd.node.engine.backends.torch_packed import packed
 from swarmd.node.engine.computes import load_compute
 from swarmd.node.engine.cuda_compute import memory_errors
-from swarmd.node.engine.cuda_graphs import Function
+from swarmd.node.engine.cuda_graphs import CudaGraphs, Function
 from swarmd.node.engine.gguf_blocks import QUANTIZED_FORMS, from_gguf
 from swarmd.node.engine.quantized import DenseWeight, f32_to_bf16
 from swarmd.node.engine.stage_compute import KvExhausted, Span
@@ -228,3 +229,47 @@ def test_prompts_are_attended_to_in_pieces(path: Path, monkeypatch: pytest.Monke
     pieces = load_twin(path, 0, 4, 100)
     pieces.open(1)
     assert np.allclose(logits_of(pieces, [span]), expected, atol=1e-4)
+
+
+class Recorded(CudaGraphs):
+    """Captures as a GPU would: what is replayed does again what was captured, into the same result."""
+
+    def __init__(self, error: RuntimeError | None = None) -> None:
+        super().__init__()
+        self.error = error
+        self.captures = 0
+
+    def _capture(self, function: Function) -> Any:
+        self.captures += 1
+        if self.error is not None:
+            raise self.error
+        output = torch.zeros_like(function())
+        return SimpleNamespace(output=output, graph=SimpleNamespace(replay=lambda: output.copy_(function())))
+
+
+def test_each_size_is_captured_once_and_replayed() -> None:
+    graphs, state = Recorded(), torch.zeros(2)
+    for value in (1.0, 2.0):
+        state.fill_(value)
+        assert graphs.run((2, 4), lambda: state * 10).tolist() == [value * 10] * 2
+    graphs.run((4, 4), lambda: state)
+    assert graphs.captures == 2
+
+
+def test_where_captures_are_refused_steps_are_called_and_the_log_says_so_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    graphs = Recorded(RuntimeError("operation not permitted when stream is capturing"))
+    for key in ((1, 4), (2, 4), (1, 4)):
+        assert graphs.run(key, lambda: torch.ones(1)).item() == 1
+    assert graphs.captures == 1
+    assert len(caplog.records) == 1
+    assert "not permitted" in caplog.text
+
+
+def test_no_memory_for_a_capture_is_no_refusal() -> None:
+    graphs = Recorded(torch.OutOfMemoryError("CUDA out of memory"))
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            graphs.run((1, 4), lambda: torch.ones(1))
+    assert graphs.captures == 2

@@ -61,6 +61,7 @@ def test_products_compile(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(triton_product, name, compiler)
             if name == "multiply":
                 triton_product.product(x, part)
+                assert "mma" in compiler.assembly, "tensor cores are used"
                 triton_product.chosen_product(x, part, chosen, 2)
             elif isinstance(part, PackedPart):
                 triton_product.values(part, 0, 64, torch.bfloat16)
@@ -96,3 +97,4 @@ def test_attention_of_real_models_compiles(
             patch.setattr(triton_attention, "join", compilers[1])
             triton_attention.attend(queries, absorbed if latent else None, keys, values, tables, positions, **how)
         assert all(compiler.shared[0] <= kib << 10 for compiler in compilers)
+        assert "mma" in compilers[0].assembly, "tensor cores are used"

@@ -33,8 +33,10 @@ class PagedPool:
 
 @dataclass(frozen=True)
 class LoneRows:
-    """Rows that are the only ones of their sequences: `rows` of the step (None: all); `positions`, contiguous; the blocks
-    of their sequences, `tables` [rows, blocks], int32, of which those behind the position may be any.
+    """Rows that are the only ones of their sequences.
+
+    `rows`: which of the step (None: all); `positions`, contiguous; `tables` [rows, blocks], int32: the blocks of their
+    sequences, those behind the position being any.
     """
 
     rows: torch.Tensor | None
