@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -50,7 +50,7 @@ class CudaGraphs:
 
     def __init__(self) -> None:
         self._captured: dict[tuple[int, ...], _Captured] = {}
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
         self._refused = False
 
     def run(self, key: tuple[int, ...], function: Function) -> torch.Tensor:

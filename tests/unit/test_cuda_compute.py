@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.architectures import FOLDERS
+from support.architectures import FOLDERS, load_torch
 from support.cuda_twin import load_twin
 from support.gguf_blocks import random_blocks
 from support.tiny_gguf import TinyModel, Type, write_tiny_gguf
@@ -273,3 +273,16 @@ def test_no_memory_for_a_capture_is_no_refusal() -> None:
         with pytest.raises(torch.OutOfMemoryError):
             graphs.run((1, 4), lambda: torch.ones(1))
     assert graphs.captures == 2
+
+
+@pytest.mark.slow
+def test_the_default_model_says_what_it_says_to_plain_torch(smollm2_path: Path) -> None:
+    oracle, exact = load_torch(smollm2_path, 0, 30, 64), load_twin(smollm2_path, 0, 30, 64)
+    rounded = load_twin(smollm2_path, 0, 30, 64, kind=torch.bfloat16)
+    for stage in (oracle, exact, rounded):
+        stage.open(1)
+    for spans in [Span(1, 0, list(range(500, 520)))], [Span(1, 20, [28])]:
+        expected, found, near = (logits_of(stage, spans) for stage in (oracle, exact, rounded))
+        size = expected.max() - expected.min()
+        assert np.abs(found - expected).max() < 2e-5 * size
+        assert np.abs(near - expected).max() < 3e-2 * size
