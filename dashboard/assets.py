@@ -8,7 +8,8 @@ _STATIC = Path(__file__).resolve().parent / "static"
 
 # The page needs nothing but its own files. The fallback page below keeps to the same policy: nothing inline.
 CONTENT_SECURITY_POLICY = (
-    "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'; object-src 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; font-src 'self'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
 )
 
 FALLBACK_PAGE = """<!doctype html>

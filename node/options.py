@@ -34,9 +34,9 @@ OPTIONS: dict[str, Option] = {
         "HOST:PORT",
     ),
     "api_key": Option(
-        "Key that HTTP clients must send as 'Authorization: Bearer KEY'. Other users of this machine can read a "
-        "command line: better put it into the environment or the config file. Default: none on loopback; made on "
-        "the spot and shown once when listening wider.",
+        "Key that HTTP clients must send as 'Authorization: Bearer KEY'. Better put it into the environment or the "
+        "config file: a command line is in the shell's history, and for a moment in the process list. Default: none on "
+        "loopback; made on the spot and shown once when listening wider.",
         "KEY",
     ),
     "port": Option(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 from collections.abc import Awaitable, Callable
+from typing import cast
 
 from aiohttp import web
 
 from swarmd.node.api import openai, pages, swarm
 from swarmd.node.api.errors import ApiError
-from swarmd.node.api.security import guard
+from swarmd.node.api.security import add_headers, guard
 from swarmd.node.api.view import NODE, NodeView
 from swarmd.node.config import ConfigError
 from swarmd.node.options import DEFAULT_LISTEN
@@ -19,6 +21,9 @@ log = logging.getLogger("swarmd.api")
 
 MAX_BODY_BYTES = 16 << 20
 SHUTDOWN_SECONDS = 2.0
+MAX_CONNECTIONS = 512
+IDLE_SECONDS = 60.0
+"""After which a connection is closed that has not asked for anything, or not yet for anything whole."""
 # Who listens everywhere is reached from this machine by loopback.
 _LOOPBACK_OF = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
@@ -27,6 +32,7 @@ def make_app(node: NodeView, *, api_key: str | None, known_hosts: frozenset[str]
     """The whole API as an aiohttp application."""
     app = web.Application(middlewares=[_errors, guard(api_key, known_hosts)], client_max_size=MAX_BODY_BYTES)
     app[NODE] = node
+    app.on_response_prepare.append(add_headers)
     for part in (openai, swarm, pages):
         part.add_routes(app)
     return app
@@ -37,7 +43,14 @@ class HttpServer:
 
     def __init__(self, app: web.Application) -> None:
         # A handler is cancelled when its client leaves, which cancels the generation on every stage.
-        self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=SHUTDOWN_SECONDS)
+        self._runner = web.AppRunner(
+            app,
+            access_log=None,
+            handler_cancellation=True,
+            shutdown_timeout=SHUTDOWN_SECONDS,
+            keepalive_timeout=IDLE_SECONDS,
+        )
+        self._listener: asyncio.Server | None = None
         # Where this machine's own programs reach it, once it listens.
         self.url = ""
 
@@ -56,14 +69,28 @@ class HttpServer:
 
     async def close(self) -> None:
         """Stop answering; open streams are cut after a moment."""
+        if self._listener is not None:
+            self._listener.close()
         await self._runner.cleanup()
 
     async def _listen(self, host: str, port: int) -> None:
-        site = web.TCPSite(self._runner, host, port)
-        await site.start()
-        bound = self._runner.addresses[0][1]
+        self._listener = await asyncio.get_running_loop().create_server(self._protocol, host, port)
+        bound = self._listener.sockets[0].getsockname()[1]
         local = _LOOPBACK_OF.get(host, host)
         self.url = f"http://{f'[{local}]' if ':' in local else local}:{bound}"
+
+    def _protocol(self) -> asyncio.BaseProtocol:
+        server = self._runner.server
+        if server is None or len(server.connections) >= MAX_CONNECTIONS:
+            return _Full()
+        return server()
+
+
+class _Full(asyncio.Protocol):
+    """A connection too many: it ends at once, so that this process keeps file descriptors for its links."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        cast(asyncio.Transport, transport).abort()
 
 
 def _default() -> tuple[str, int]:

@@ -31,7 +31,7 @@ def add_routes(app: web.Application) -> None:
     app[_CLOSING] = asyncio.Event()
     app.on_shutdown.append(_end_feeds)
     app.router.add_get("/api/swarm", swarm)
-    app.router.add_get("/api/events", events)
+    app.router.add_get("/api/events", events, allow_head=False)
     app.router.add_post("/api/instances", create_instance)
 
 

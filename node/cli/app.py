@@ -19,6 +19,7 @@ Every option may also stand in the environment as SWARMD_NAME_OF_OPTION, or in c
 MODEL_HELP = "Name of a model, or the path of a GGUF file or a folder."
 # Small models, which most machines run, wander at the API's usual 1 and, where two words are as likely, at 0.2 still.
 CHAT_TEMPERATURE = 0.0
+_API_KEY_FLAG = "--api-key"
 
 app = typer.Typer(name="swarmd", help=HELP, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -153,12 +154,35 @@ def _start_over(given: Given) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "SWARMD_TOKEN"}
     for option, value in given.items():
         environment[environment_name(option)] = " ".join(value) if isinstance(value, list) else str(value)
+    _become([], environment)
+
+
+def _become(arguments: list[str], environment: dict[str, str]) -> None:
     # -P: a folder named swarmd in the working directory is not this program.
-    os.execve(sys.executable, [sys.executable, "-P", "-m", "swarmd.node.cli.app"], environment)
+    os.execve(sys.executable, [sys.executable, "-P", "-m", "swarmd.node.cli.app", *arguments], environment)
+
+
+def _hide_api_key(arguments: list[str]) -> tuple[list[str], str | None]:
+    """The arguments without `--api-key KEY` or `--api-key=KEY`, and the last key among them. An empty one stays, to be
+    complained of."""
+    kept, key, rest = list[str](), None, list(arguments)
+    while rest and rest[0] != "--":
+        argument = rest.pop(0)
+        name, equals, value = argument.partition("=")
+        if name != _API_KEY_FLAG:
+            kept.append(argument)
+        elif value or (not equals and rest and rest[0]):
+            key = value or rest.pop(0)
+        else:
+            kept.append(argument)
+    return kept + rest, key
 
 
 def main() -> None:
     """Entry point of the `swarmd` script."""
+    arguments, key = _hide_api_key(sys.argv[1:])
+    if key is not None:  # everybody on this machine can read a command line, for as long as the process lives
+        _become(arguments, os.environ | {environment_name("api_key"): key})
     try:
         app()
     except KeyboardInterrupt:

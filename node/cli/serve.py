@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import platform
 import shlex
 import signal
@@ -20,7 +21,7 @@ from swarmd.node.cli.identity import own_credentials, with_identity
 from swarmd.node.cli.models import check_servable
 from swarmd.node.config import Settings, is_loopback
 from swarmd.node.data_dir import DataDir
-from swarmd.node.options import DEFAULT_DATA_DIR
+from swarmd.node.options import DEFAULT_DATA_DIR, environment_name
 from swarmd.transport.identity import Credentials, load_token
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def _serve(settings: Settings) -> int:
     _set_up_logging(settings.log_level)
     data_dir = DataDir(settings.data_dir)
     data_dir.create()
+    os.environ.pop(environment_name("api_key"), None)  # no business of this node's child processes
     with data_dir:
         check_servable(data_dir, settings.model)
         return with_identity(lambda: asyncio.run(_run(settings, data_dir, own_credentials(data_dir))))
@@ -142,10 +144,16 @@ def api_key_of(settings: Settings, data_dir: DataDir) -> tuple[str | None, bool]
 
 
 def _own_names(settings: Settings) -> frozenset[str]:
-    """Names by which a browser may reach this endpoint beside its addresses; nobody elsewhere can claim them."""
+    """Names by which a browser may reach this endpoint beside its addresses and localhost.
+
+    On loopback there are none: a neighbour on the network can answer for `this-machine.local`, and then point a page
+    that came from there to loopback.
+    """
+    if settings.listen is None or is_loopback(settings.listen[0]):
+        return frozenset()
     host = platform.node().lower()
     names = {host, host.partition(".")[0], f"{host.partition('.')[0]}.local"} if host else set[str]()
-    return frozenset(names | ({settings.listen[0]} if settings.listen else set()))
+    return frozenset(names | {settings.listen[0].lower().rstrip(".")})
 
 
 def _set_up_logging(level: str) -> None:

@@ -61,7 +61,7 @@ async def ask(page: Page, question: str) -> None:
 
 async def test_nodes_and_stages_are_drawn_from_the_feed(api, page, complaints, asked_for) -> None:
     response = await page.goto(api.url)
-    assert "default-src 'self'" in response.headers["content-security-policy"]
+    assert "default-src 'none'; script-src 'self'" in response.headers["content-security-policy"]
     instance = page.get_by_role("region", name="smollm2:135m")
     stages = instance.locator(".stage")
     await expect(stages).to_have_count(2)

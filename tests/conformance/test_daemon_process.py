@@ -143,6 +143,22 @@ def test_listening_wider_demands_a_key_that_no_log_shows(tmp_path: Path):
         assert "--api-key" in caught.value.stderr
 
 
+@pytest.mark.parametrize("form", [["--api-key", "correct horse"], ["--api-key=correct horse"]])
+def test_a_key_on_the_command_line_does_not_stay_there(form: list[str], tmp_path: Path):
+    model = write_tiny_gguf(tmp_path / "tiny.gguf")
+    with Node(tmp_path / "node", "--no-mdns", "--model", str(model), *form) as node:
+        assert node.request("GET", "/api/swarm").status == 401
+        node.until_said("answers. Try:")
+        process = psutil.Process(node.process.pid)
+        children = process.children(recursive=True)
+        assert children
+        assert "correct horse" not in " ".join(process.cmdline())
+        for child in children:
+            assert "correct horse" not in " ".join(child.cmdline())
+            assert "correct horse" not in str(child.environ())
+        assert "correct horse" not in node.log
+
+
 def test_a_person_at_a_terminal_is_shown_the_token_and_the_key_once(tmp_path: Path):
     with on_terminal("--data-dir", str(tmp_path / "node"), "--listen", "0.0.0.0:0", "--port", "0", *QUIET) as screen:
         shown = read_until(screen, "next machine:")

@@ -16,6 +16,7 @@ from swarmd.node.config import ConfigError
 from swarmd.node.serving.generation import Ending, GenerationError
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
+JSON = {"Content-Type": "application/json"}
 
 
 async def call(url: str, method: str, path: str, **options: Any) -> tuple[int, Any, Any]:
@@ -35,7 +36,7 @@ async def call(url: str, method: str, path: str, **options: Any) -> tuple[int, A
 )
 async def test_a_body_that_is_no_request(path: str, body: bytes, code: str):
     async with serving(FakeNode()) as url:
-        status, answer, _ = await call(url, "POST", path, data=body)
+        status, answer, _ = await call(url, "POST", path, data=body, headers=JSON)
     assert (status, answer["error"]["code"]) == (400, code)
     assert answer["error"]["type"] == "invalid_request_error"
 
@@ -63,7 +64,7 @@ async def test_a_parameter_at_fault_is_named(path: str, body: dict[str, object],
 
 async def test_a_body_that_is_too_large():
     async with serving(FakeNode()) as url:
-        status, answer, _ = await call(url, "POST", "/v1/chat/completions", data=b" " * (MAX_BODY_BYTES + 1))
+        status, answer, _ = await call(url, "POST", "/v1/chat/completions", data=b" " * (MAX_BODY_BYTES + 1), headers=JSON)
     assert (status, answer["error"]["code"]) == (413, "too_large")
     assert "16 MiB" in answer["error"]["message"]
 
@@ -142,8 +143,8 @@ async def test_a_client_that_leaves_cancels_its_generation(stream: bool):
     async with serving(node) as url:
         reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
         body = json.dumps(CHAT | {"stream": stream}).encode()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
-        writer.write(head.encode() + body)
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         if stream:
             await reader.readuntil(b"Pa")
         else:
