@@ -21,6 +21,8 @@ FIRST_BACKOFF = 0.5
 LAST_BACKOFF = 30.0
 # A dial that nobody reported back on is forgotten, or its address would never be tried again.
 UNREPORTED_SECONDS = 30.0
+# Who says that this node is evicted says so again; it need not be asked often, in case that is taken back.
+EVICTED_BACKOFF = 300.0
 
 Address = tuple[str, int]
 
@@ -46,6 +48,7 @@ class _Route:
     heard: float
     backoff: float = FIRST_BACKOFF
     proven: bool = False  # a link has come about over it
+    evicted: bool = False  # who answered there last refused this node for good
 
 
 @dataclass
@@ -73,6 +76,7 @@ class DialBook:
         self._nodes: dict[str, _Node] = {}
         self._static: dict[Address, _Route] = {}
         self._static_node: dict[Address, str] = {}  # who answered at a static peer's address last
+        self._refused: frozenset[str] = frozenset()
 
     def note_static(self, peer: PeerAddress, now: float) -> None:
         """A peer named by a person: dialled for ever, whoever it is; its name is resolved at every dial."""
@@ -86,11 +90,19 @@ class DialBook:
         """A member told of a node: its addresses are tried, without cutting a back-off short."""
         self._note(node_id, addresses, now, eager=False)
 
-    def note_failed(self, address: Address, now: float) -> None:
-        """A dial led to no link; the address waits, twice as long every time, 30 s at most."""
+    def note_failed(self, address: Address, now: float, *, evicted: bool = False) -> None:
+        """A dial led to no link; the address waits, twice as long every time, 30 s at most.
+
+        `evicted`: whoever answered says that this node is; then it waits for five minutes, also if it is seen again.
+        """
         for route in self._routes_at(address):
-            route.next_try = now + route.backoff
+            route.next_try = now + (EVICTED_BACKOFF if evicted else route.backoff)
             route.backoff = min(2 * route.backoff, LAST_BACKOFF)
+            route.evicted = evicted
+
+    def refuse(self, nodes: Iterable[str]) -> None:
+        """These nodes, and no others, are not dialled, whatever is heard of them."""
+        self._refused = frozenset(nodes)
 
     def note_linked(self, node_id: str, address: Address | None, now: float) -> None:
         """A link to a node is up; `address` is the one that was dialled, None if the other side dialled."""
@@ -106,6 +118,7 @@ class DialBook:
         for route in self._routes_at(address):
             route.backoff, route.next_try = FIRST_BACKOFF, now
             route.proven = route.proven or address in node.routes
+            route.evicted = False
 
     def note_lost(self, node_id: str, now: float) -> None:
         """The last link to a node is down: it is dialled again at once, then with back-off."""
@@ -139,7 +152,7 @@ class DialBook:
         # Proven and recently heard nodes first, so that invented ones cannot use up the allowance.
         ordered = sorted(self._nodes.items(), key=lambda item: (not item[1].proven, -item[1].heard))
         for node_id, node in ordered:
-            if not node.linked:
+            if not node.linked and node_id not in self._refused:
                 for address, route in node.routes.items():
                     yield Candidate(*address, node_id), route
 
@@ -154,7 +167,7 @@ class DialBook:
         for address in list(addresses)[:MAX_ADDRESSES]:
             route = node.routes.setdefault(address, _Route(next_try=now, heard=now))
             route.heard = now
-            if eager and route.next_try > now and route.backoff > FIRST_BACKOFF:
+            if eager and not route.evicted and route.next_try > now and route.backoff > FIRST_BACKOFF:
                 route.next_try, route.backoff = now, FIRST_BACKOFF
         while len(node.routes) > MAX_ADDRESSES:
             del node.routes[min(node.routes, key=lambda key: _worth(node.routes[key]))]

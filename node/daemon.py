@@ -23,6 +23,7 @@ from swarmd.node.cluster.model_exchange import ModelExchange
 from swarmd.node.cluster.own_record import OwnRecord
 from swarmd.node.cluster.signal import Signal
 from swarmd.node.cluster.stage_orders import StageOrders, deliver_over_link, reachable_first
+from swarmd.node.cluster.trust import Trust
 from swarmd.node.config import ConfigError, Settings
 from swarmd.node.data_dir import DataDir
 from swarmd.node.devices import DeviceError
@@ -37,6 +38,7 @@ from swarmd.node.options import DEFAULT_LINK_PORT
 from swarmd.node.progress_board import ProgressBoard
 from swarmd.node.serving.driver_links import DriverLinks
 from swarmd.node.serving.gateway import Gateway
+from swarmd.node.serving.messages import TrustChanged
 from swarmd.node.serving.stage_host import StageHost
 from swarmd.node.version import VERSION
 from swarmd.transport.endpoint import Endpoint
@@ -121,6 +123,14 @@ class Daemon:
         self.endpoint = Endpoint(self._credentials, Vocabulary(DAEMON_MESSAGES), router, hello=self._hello)
         self.mesh = Mesh(self.endpoint, self.swarm_tag, lambda: self._own.current, self._on_members)
         router.mesh = self.mesh
+        self.trust = router.trust = Trust(
+            self._data_dir.path,
+            self._credentials,
+            self.endpoint,
+            self.mesh,
+            name=self.settings.name,
+            on_changed=lambda: self.host.tell(TrustChanged()),
+        )
         self._driver_links = DriverLinks(
             self.endpoint, lambda node, found: reachable_first(self.node_id, self.mesh, node, found)
         )
@@ -225,6 +235,7 @@ class Daemon:
     def _on_members(self, changes: Sequence[MemberChange]) -> None:
         if self._leaving:
             return
+        self.trust.on_members(changes)
         self.instances.reconsider()
         gone = [change.node_id for change in changes if change.state is MemberState.GONE]
         for node_id in gone:
@@ -239,6 +250,7 @@ class Daemon:
     async def _tick(self) -> None:
         while True:
             self._stored = tuple(ModelSummary(m.name, m.sha256, m.size, 0, "") for m in self.store.entries()[:256])
+            self.trust.tick()
             self._refresh()
             self.instances.reconsider()
             await self.orders.prune({record.id: (owner, record.epoch) for owner, record in self.instances.all()})

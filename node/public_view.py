@@ -102,6 +102,11 @@ class PublicView:
             "swarm": daemon.swarm_tag,
             "version": VERSION,
             "nodes": nodes,
+            "evicted": [
+                {"id": denial.node, "name": denial.name, "at": denial.at}
+                for denial in sorted(daemon.trust.denials.all, key=lambda denial: denial.at)
+                if denial.evicted
+            ],
             "instances": [
                 _instance(owner, record, loads.get(record.id, LoadRecord(record.id)))
                 for owner, record in sorted(daemon.instances.all(), key=lambda pair: pair[1].model.name)
@@ -110,6 +115,8 @@ class PublicView:
         }
 
     def _node(self, record: NodeRecord, state: str, silent: float, rtt_ms: float | None) -> dict[str, Any]:
+        trust = self._daemon.trust
+        pin = trust.pins.get(record.id)
         return {
             "id": record.id,
             "name": record.name,
@@ -117,6 +124,9 @@ class PublicView:
             "self": record.id == self._daemon.node_id,
             "addresses": [f"{a.host}:{a.port}" for a in record.addresses],
             "version": record.version,
+            "first_seen": None if pin is None else pin.first_seen,
+            "new": trust.pins.is_new(record.id, int(time.time())),
+            "trouble": trust.trouble(record.id),
             "devices": [msgspec.structs.asdict(device) for device in record.devices],
             # In steps, so that the feed is quiet while nothing happens.
             "last_seen_s": float(int(silent)) if silent >= 2 else 0.0,

@@ -7,7 +7,7 @@ import logging
 import secrets
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Mapping
 
 import msgspec
 
@@ -19,6 +19,7 @@ from swarmd.transport.link import Hello, Link, LinkClosed, Vocabulary
 from swarmd.transport.listener import Listener
 from swarmd.transport.log_limit import LogLimit
 from swarmd.transport.messages import one_line
+from swarmd.transport.statements import EVICTED
 from swarmd.transport.tls import client_context, explain_tls_error, server_context
 from swarmd.transport.tls_socket import TlsSocket
 
@@ -56,6 +57,7 @@ class Endpoint:
         self._client_context = client_context(credentials)
         self._listener = Listener(self._greet)
         self._links: set[Link] = set()
+        self._refused: dict[str, str] = {}
         self._watchers: set[asyncio.Task[None]] = set()
         self._limit = LogLimit()
         self._closed = False
@@ -95,6 +97,16 @@ class Endpoint:
         if not quiet:
             self._log_refusal("no link to %s port %d: %s", host, port, refusal.reason)
         raise refusal
+
+    def refuse(self, nodes: Mapping[str, str]) -> None:
+        """From now on have no link with these nodes, whose ids each have the reason to tell; those there are end.
+
+        This node itself is never refused: its processes stay linked with each other.
+        """
+        self._refused = {node: reason for node, reason in nodes.items() if node != self.node_id}
+        for link in self._links:
+            if link.peer_id in self._refused:
+                self._watch_over(link.close(self._refused[link.peer_id]), "closing a refused link")
 
     async def close(self) -> None:
         """Stop listening and close every link."""
@@ -150,7 +162,7 @@ class Endpoint:
             raise LinkRefused(explain_tls_error(error, server_side=server_side)) from error
         hello = msgspec.structs.replace(self._hello(), endpoint=self._name)
         try:
-            introduction = await introduce(tls, hello, server_side=server_side, expect=expect)
+            introduction = await introduce(tls, hello, self._refused, server_side=server_side, expect=expect)
         except LinkRefused:
             await hang_up(tls)
             raise
@@ -165,13 +177,12 @@ class Endpoint:
             initiator=not server_side,
             on_breach=self._log_breach,
         )
-        if self._closed:
+        late = "this node is shutting down" if self._closed else self._refused.get(introduction.peer_id)
+        if late is not None:
             tls.close()
-            raise LinkRefused("this node is shutting down")
+            raise LinkRefused(late)
         self._links.add(link)
-        watcher = asyncio.create_task(self._watch(link), name="link watcher")
-        self._watchers.add(watcher)
-        watcher.add_done_callback(self._watchers.discard)
+        watcher = self._watch_over(self._watch(link), "link watcher")
         try:
             await link.start()
         except LinkRefused:
@@ -190,8 +201,15 @@ class Endpoint:
         await link.wait_closed()
         self._links.discard(link)
 
+    def _watch_over(self, work: Coroutine[object, object, None], name: str) -> asyncio.Task[None]:
+        task = asyncio.create_task(work, name=name)
+        self._watchers.add(task)
+        task.add_done_callback(self._watchers.discard)
+        return task
+
     def _log_refusal(self, text: str, host: str, port: int, reason: str) -> None:
-        more = self._admit(f"{text[:2]} {host} {reason}")
+        # One that is evicted may knock from all its addresses.
+        more = self._admit(f"{text[:2]} {'' if EVICTED in reason else host} {reason}")
         if more is not None:
             log.warning(text + "%s", host, port, reason, more)
 

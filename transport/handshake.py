@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import msgspec
@@ -27,8 +28,11 @@ from swarmd.transport.messages import (
     encode_body,
     one_line,
 )
+from swarmd.transport.statements import EVICTED
 from swarmd.transport.tls import ALPN, explain_tls_error
 from swarmd.transport.tls_socket import TlsSocket
+
+_REFUSED = "it refused: "
 
 
 class LinkRefused(ConnectionError):
@@ -37,6 +41,16 @@ class LinkRefused(ConnectionError):
     def __init__(self, reason: str):
         super().__init__(reason)
         self.reason = reason
+
+    @property
+    def evicted(self) -> bool:
+        """Whether the other side says that this node was evicted: it will say so again at the next try."""
+        return self.reason.startswith(f"{_REFUSED}{EVICTED}")
+
+    @property
+    def lasting(self) -> bool:
+        """Whether one of the two is evicted, so that the next try will end like this one."""
+        return EVICTED in self.reason
 
 
 class Introduction(NamedTuple):
@@ -50,8 +64,10 @@ class Introduction(NamedTuple):
     decoder: FrameDecoder
 
 
-async def introduce(sock: TlsSocket, hello: Hello, *, server_side: bool, expect: str | None) -> Introduction:
-    """Do the TLS handshake and exchange hellos; the caller sets the time limit.
+async def introduce(
+    sock: TlsSocket, hello: Hello, refused: Mapping[str, str], *, server_side: bool, expect: str | None
+) -> Introduction:
+    """Do the TLS handshake and exchange hellos; the caller sets the time limit. The nodes in `refused` are told why.
 
     Each side sends its hello first and waits for the other's, because the dialling side of TLS 1.3 is done
     before the dialled one has checked its certificate. Raises `LinkRefused`; the other side is told why where
@@ -65,6 +81,9 @@ async def introduce(sock: TlsSocket, hello: Hello, *, server_side: bool, expect:
         if expect is not None and peer_id != expect:
             await _say_goodbye(sock, f"it looks for node {expect[:12]} here")
             raise LinkRefused(f"it is node {peer_id[:12]}, not {expect[:12]}")
+        if peer_id in refused:
+            await _say_goodbye(sock, refused[peer_id])
+            raise LinkRefused(f"node {peer_id[:12]} is {refused[peer_id]}")
         await sock.send_all(_frame(Flow.HELLO, encode_body(hello)))
         decoder = FrameDecoder(HELLO_LIMITS)
         peer = _accept(await _first_frame(sock, decoder))
@@ -95,7 +114,7 @@ async def _first_frame(sock: TlsSocket, decoder: FrameDecoder) -> Frame:
 
 def _accept(frame: Frame) -> Hello:
     if frame.envelope.flow == Flow.GOODBYE:
-        raise LinkRefused(f"it refused: {one_line(decode_body(frame.envelope.body, str))}")
+        raise LinkRefused(f"{_REFUSED}{one_line(decode_body(frame.envelope.body, str))}")
     if frame.envelope.flow != Flow.HELLO:
         raise FrameError("its first frame is not a hello")
     return decode_hello(frame.envelope.body)

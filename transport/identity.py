@@ -8,9 +8,6 @@ old file or the new one.
 from __future__ import annotations
 
 import datetime as dt
-import os
-import secrets
-import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,17 +22,25 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from swarmd.transport import authority
+from swarmd.transport.private_files import IdentityError, read_file, write_file
 from swarmd.transport.token import JoinToken, TokenError
+
+__all__ = [
+    "Credentials",
+    "IdentityError",
+    "issue_credentials",
+    "load_credentials",
+    "load_or_create_node_key",
+    "load_token",
+    "node_id_of_certificate",
+    "save_credentials",
+    "save_token",
+]
 
 KEY_FILE = "node.key"
 CERTIFICATE_FILE = "node.crt"
 AUTHORITY_FILE = "swarm.crt"
 TOKEN_FILE = "token"
-_MAX_FILE = 64 * 1024
-
-
-class IdentityError(Exception):
-    """A key, certificate or token file cannot be used; the message names the path and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,12 @@ class Credentials:
     certificate_pem: bytes = field(repr=False)
     authority_pem: bytes = field(repr=False)
 
+    def authority_keys(self) -> dict[str, Ed25519PublicKey]:
+        """The public key of the authority whose statements count, by swarm tag."""
+        key = x509.load_pem_x509_certificate(self.authority_pem).public_key()
+        assert isinstance(key, Ed25519PublicKey)
+        return {self.swarm_tag: key}
+
 
 def load_or_create_node_key(directory: Path) -> Ed25519PrivateKey:
     """The node's persistent key, made on first use.
@@ -59,11 +70,11 @@ def load_or_create_node_key(directory: Path) -> Ed25519PrivateKey:
     directory or the file cannot be used, is damaged, or can be read by other users.
     """
     path = directory / KEY_FILE
-    text = _read(path, private=True)
+    text = read_file(path, private=True)
     if text is None:
         fresh = Ed25519PrivateKey.generate()
-        _write(path, _key_pem(fresh), mode=0o600, replace=False)
-        text = _read(path, private=True) or b""
+        write_file(path, _key_pem(fresh), mode=0o600, replace=False)
+        text = read_file(path, private=True) or b""
     return _parse_key(path, text)
 
 
@@ -81,9 +92,9 @@ def issue_credentials(key: Ed25519PrivateKey, token: JoinToken) -> Credentials:
 
 def save_credentials(directory: Path, credentials: Credentials) -> None:
     """Keep credentials for the next start; `IdentityError` if the directory cannot be written."""
-    _write(directory / KEY_FILE, credentials.key_pem, mode=0o600)
-    _write(directory / AUTHORITY_FILE, credentials.authority_pem, mode=0o644)
-    _write(directory / CERTIFICATE_FILE, credentials.certificate_pem, mode=0o644)
+    write_file(directory / KEY_FILE, credentials.key_pem, mode=0o600)
+    write_file(directory / AUTHORITY_FILE, credentials.authority_pem, mode=0o644)
+    write_file(directory / CERTIFICATE_FILE, credentials.certificate_pem, mode=0o644)
 
 
 def load_credentials(directory: Path) -> Credentials | None:
@@ -94,8 +105,8 @@ def load_credentials(directory: Path) -> Credentials | None:
     """
     key_path, leaf_path = directory / KEY_FILE, directory / CERTIFICATE_FILE
     authority_path = directory / AUTHORITY_FILE
-    key_pem = _read(key_path, private=True)
-    leaf_pem, authority_pem = _read(leaf_path), _read(authority_path)
+    key_pem = read_file(key_path, private=True)
+    leaf_pem, authority_pem = read_file(leaf_path), read_file(authority_path)
     if key_pem is None or leaf_pem is None or authority_pem is None:
         return None
     key = _parse_key(key_path, key_pem)
@@ -126,7 +137,7 @@ def save_token(directory: Path, token: JoinToken) -> None:
 
     `IdentityError` if it cannot be written.
     """
-    _write(directory / TOKEN_FILE, f"{token}\n".encode(), mode=0o600)
+    write_file(directory / TOKEN_FILE, f"{token}\n".encode(), mode=0o600)
 
 
 def load_token(directory: Path) -> JoinToken | None:
@@ -135,7 +146,7 @@ def load_token(directory: Path) -> JoinToken | None:
     `IdentityError` if the file is damaged or open to others.
     """
     path = directory / TOKEN_FILE
-    text = _read(path, private=True)
+    text = read_file(path, private=True)
     if text is None:
         return None
     try:
@@ -182,52 +193,3 @@ def _parse_certificate(path: Path, text: bytes) -> x509.Certificate:
         raise IdentityError(
             f"{path} is damaged: it holds no certificate; delete it and run `swarmd join TOKEN` again"
         ) from None
-
-
-def _read(path: Path, *, private: bool = False) -> bytes | None:
-    try:
-        with path.open("rb") as file:
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-            text = file.read(_MAX_FILE)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise IdentityError(
-            f"cannot read {path}: {error.strerror}; check the owner and mode of the data directory"
-        ) from error
-    if private and os.name == "posix" and mode & 0o077:
-        raise IdentityError(f"{path} can be read by other users (mode {mode:04o}); run `chmod 600 {path}`")
-    return text
-
-
-def _write(path: Path, content: bytes, *, mode: int, replace: bool = True) -> None:
-    """Write atomically; with `replace` false an existing file wins, so that two first starts agree."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            if replace:
-                temporary.replace(path)
-            else:
-                _link_unless_there(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise IdentityError(
-            f"cannot write {path}: {error.strerror}; check the data directory, or choose another with --data-dir"
-        ) from error
-
-
-def _link_unless_there(temporary: Path, path: Path) -> None:
-    try:
-        path.hardlink_to(temporary)
-    except FileExistsError:
-        return
-    except OSError:  # a file system without hard links: the check and the rename are then two steps
-        if not path.exists():
-            temporary.replace(path)

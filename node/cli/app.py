@@ -73,6 +73,23 @@ def token(call: typer.Context) -> None:
 
 
 @app.command()
+@with_options("data_dir")
+def evict(
+    call: typer.Context,
+    node: Annotated[str, typer.Argument(metavar="NODE", help="The node's name, or the beginning of its id.")],
+    undo: Annotated[bool, typer.Option("--undo", help="Let a node that was evicted take part again.")] = False,
+) -> None:
+    """Expel a node from the swarm. Run it on the machine that founded the swarm, which keeps the token.
+
+    All members close their links with the node and refuse it from then on. Somebody who knows the join token can come
+    back as another node: if that may be so, run `swarmd rotate` too.
+    """
+    from swarmd.node.cli.trust import evict as run
+
+    raise typer.Exit(run(call.obj, node, undo=undo))
+
+
+@app.command()
 @with_options("data_dir", "api_key")
 def status(
     call: typer.Context, json: Annotated[bool, typer.Option("--json", help="Print the raw state.")] = False

@@ -29,6 +29,7 @@ def status(given: Mapping[str, Any], *, as_json: bool) -> int:
         else:
             console = Console()
             console.print(_nodes(state))
+            _print_trust(console, state)
             _print_instances(console, state)
         return 0
 
@@ -68,7 +69,7 @@ def _nodes(state: dict[str, Any]) -> Table:
             bandwidth, compute = device["memory_bandwidth"], device["compute"]
             table.add_row(
                 name,
-                node["state"],
+                node["state"] + (", new" if node["new"] else ""),
                 shown,
                 _layers(state, node["id"], device["id"]),
                 memory,
@@ -76,6 +77,28 @@ def _nodes(state: dict[str, Any]) -> Table:
                 f"{compute / 1e9:.0f} GFLOP/s" if compute else "not measured",
             )
     return table
+
+
+def _print_trust(console: Console, state: dict[str, Any]) -> None:
+    """Who came lately, whose name is suspicious, and who was evicted."""
+    for node in state["nodes"]:
+        if node["new"]:
+            console.print(
+                f"  new: {node['name']} ({node['id'][:12]}), first seen {_time(node['first_seen'])}",
+                highlight=False,
+                markup=False,
+            )
+        if node["trouble"]:
+            console.print(f"  warning: {node['trouble']}", highlight=False, markup=False, style="yellow")
+    for node in state["evicted"]:
+        console.print(
+            f"  evicted: {node['name']} ({node['id'][:12]}), {_time(node['at'])}", highlight=False, markup=False
+        )
+
+
+def _time(seconds: int) -> str:
+    """Unix time, for a person of this machine."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
 def _layers(state: dict[str, Any], node: str, device: str) -> str:

@@ -16,10 +16,12 @@ from swarmd.node.cluster.messages import (
     StageProgress,
     StartStage,
     StopStage,
+    TellDenials,
     WireStage,
 )
 from swarmd.node.cluster.model_exchange import ModelExchange
 from swarmd.node.cluster.stage_orders import StageOrders
+from swarmd.node.cluster.trust import Trust
 from swarmd.node.serving.stage_host import StageHost
 from swarmd.transport.endpoint import LinkRefused
 from swarmd.transport.exchanges import Answer
@@ -41,10 +43,12 @@ class LinkRouter:
     instances: Instances
     # Set once the endpoint is made, which needs this handler first.
     mesh: Mesh = field(init=False)
+    trust: Trust = field(init=False)
 
     async def on_link(self, link: Link) -> None:
         """Admit a link."""
         if link.peer.role == "daemon":
+            await self.trust.on_link(link)
             await self.mesh.on_link(link)
         elif not link.initiator and not self._is_own_stage(link):
             raise LinkRefused("this node has not started that stage process")
@@ -55,6 +59,8 @@ class LinkRouter:
             await self.host.on_message(link, message)
         elif isinstance(message, StageProgress | StageLost):
             self.instances.on_report(link.peer_id, message)
+        elif isinstance(message, TellDenials):
+            self.trust.on_denials(link, message)
         else:
             await self.mesh.on_message(link, message)
 

@@ -114,6 +114,11 @@ class Membership:
         member = self._members.get(node_id)
         return self._revive(member, now) if member is not None else []
 
+    def expel(self, node_id: str, now: float) -> list[MemberChange]:
+        """A node is no member any more, whatever it says: it is gone at once."""
+        member = self._members.get(node_id)
+        return [] if member is None or member.state is MemberState.GONE else self._move(member, MemberState.GONE, now)
+
     def tick(self, now: float) -> list[MemberChange]:
         """Time passed: suspect who is silent, give up who was suspected for long, forget who is long gone."""
         changes: list[MemberChange] = []

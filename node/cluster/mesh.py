@@ -32,6 +32,11 @@ DIAL_SECONDS = 5.0
 # How long an address may keep the next one waiting, as in RFC 8305 ("happy eyeballs").
 STAGGER_SECONDS = 0.15
 
+WHAT_TO_DO = (
+    "to take part in another swarm, use `swarmd join TOKEN`; if it was a mistake, have `swarmd evict --undo` run where "
+    "the swarm was founded"
+)
+
 OnChange = Callable[[Sequence[MemberChange]], None]
 
 
@@ -66,6 +71,11 @@ class Mesh:
         """Peers named by a person."""
         for peer in peers:
             self._book.note_static(peer, time.monotonic())
+
+    def refuse(self, nodes: Sequence[str]) -> None:
+        """These nodes are evicted: they are gone at once, and not dialled; the endpoint refuses them."""
+        self._book.refuse(nodes)
+        self._report([change for node in nodes for change in self.membership.expel(node, time.monotonic())])
 
     def on_sighting(self, sighting: Sighting) -> None:
         """mDNS saw a node. Other swarms' nodes are named once and left alone."""
@@ -132,8 +142,9 @@ class Mesh:
         now = time.monotonic()
         match message:
             case Publish(record=record):
-                if record.id != link.peer_id:
-                    log.warning("%s sent a record of another node; ignored", link.peer.name)
+                if record.id != link.peer_id or not record.name.isprintable():
+                    if self._limit.admit(f"record {link.peer_id}", now) is not None:
+                        log.warning("%s sent a record of another node, or under no readable name", link.peer.name)
                     return
                 self._note_addresses(record, link)
                 self._report(self.membership.on_record(record, now))
@@ -260,7 +271,9 @@ class Mesh:
                 quiet=candidate.node_id is not None,
             )
         except LinkRefused as error:
-            self._book.note_failed(candidate.address, time.monotonic())
+            self._book.note_failed(candidate.address, time.monotonic(), evicted=error.lasting)
+            if error.evicted and self._limit.admit("evicted", time.monotonic()) is not None:
+                log.error("a member says that this node was evicted (%s); %s", error.reason, WHAT_TO_DO)
             return error.reason
         self._book.note_linked(link.peer_id, candidate.address, time.monotonic())
         return ""

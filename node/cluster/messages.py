@@ -9,6 +9,7 @@ from msgspec import Meta, Struct
 from swarmd.discovery.records import Addresses, Count, NodeId, NodeRecord, ShortText
 from swarmd.node.models.manifest import ModelManifest
 from swarmd.node.serving.messages import DATA_MESSAGES, WireDtype
+from swarmd.transport.statements import MAX_DENIALS, Denial
 
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
@@ -43,6 +44,12 @@ class Gossip(Struct, frozen=True, tag="gossip"):
     """The members that the sender has links with; sent on a new link and when one is added."""
 
     nodes: Annotated[tuple[KnownNode, ...], Meta(max_length=512)]
+
+
+class TellDenials(Struct, frozen=True, tag="denials"):
+    """Who is evicted: all that the sender knows, on a new link; what it has just learnt, later."""
+
+    denials: Annotated[tuple[Denial, ...], Meta(max_length=MAX_DENIALS)]
 
 
 class GetManifest(Struct, frozen=True, tag="model.manifest"):
@@ -142,6 +149,7 @@ DAEMON_MESSAGES = (
     Heartbeat,
     HeartbeatEcho,
     Gossip,
+    TellDenials,
     GetManifest,
     Manifest,
     GetChunk,

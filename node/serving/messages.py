@@ -75,6 +75,10 @@ class Connected(Struct, frozen=True, tag="engine.connected"):
     """The link to the next stage is up."""
 
 
+class TrustChanged(Struct, frozen=True, tag="trust.changed"):
+    """Daemon to its own stage process: read from the data dir again who this node is and whom it refuses."""
+
+
 class EngineTrouble(Struct, frozen=True, tag="engine.trouble"):
     """Stage process to daemon: this stage cannot go on with its epoch, and why."""
 
@@ -207,6 +211,7 @@ DATA_MESSAGES = (
     EngineProgress,
     Connect,
     Connected,
+    TrustChanged,
     EngineTrouble,
     EngineLoad,
     JoinRing,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
@@ -154,6 +155,12 @@ class StageHost:
     async def close(self) -> None:
         """End every stage process."""
         await self._end(self._children)
+
+    def tell(self, message: Struct) -> None:
+        """A message to every stage process; one whose link is down is missed."""
+        for link in self._by_link:
+            with contextlib.suppress(LinkClosed):
+                link.send_soon(message)
 
     def on_link(self, link: Link) -> bool:
         """A process with this node's own key presents itself; False when it holds no ticket of ours."""

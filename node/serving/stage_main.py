@@ -18,9 +18,11 @@ from swarmd.node.serving.prompt_wakeup import wake_promptly
 from swarmd.node.serving.speculation import Speculation
 from swarmd.node.serving.stage_process import ReportBytes, StageProcess
 from swarmd.node.version import VERSION
+from swarmd.transport.denial_files import read_denials
 from swarmd.transport.endpoint import Endpoint
 from swarmd.transport.identity import load_credentials
 from swarmd.transport.link import PROTOCOL_VERSION, Hello, Vocabulary
+from swarmd.transport.statements import Denials
 
 if TYPE_CHECKING:
     from swarmd.node.engine.spec import ArchSpec
@@ -91,6 +93,14 @@ async def run(data_dir: Path, daemon_port: int, ticket: str, name: str) -> None:
         return Hello(PROTOCOL_VERSION, "stage", name, VERSION, note=ticket)
 
     endpoint = Endpoint(credentials, Vocabulary(DATA_MESSAGES), process, hello=hello)
+    denials = Denials(credentials.authority_keys())
+
+    def read_trust() -> None:
+        read_denials(data_dir, denials)
+        endpoint.refuse(denials.refused)
+
+    read_trust()
+    process.on_trust_changed = read_trust
     await process.serve(endpoint, daemon_port)
 
 

@@ -26,6 +26,7 @@ from swarmd.node.serving.messages import (
     Sampled,
     Step,
     StepFailed,
+    TrustChanged,
 )
 from swarmd.node.serving.profile import Profile, profile_of
 from swarmd.node.serving.ring import RingStage, watch
@@ -59,6 +60,7 @@ class StageProcess:
         self._load_stage = load_stage
         self._load_speculation = load_speculation
         self.ended = asyncio.Event()
+        self.on_trust_changed: Callable[[], None] = lambda: None
         self._endpoint: Endpoint | None = None
         self._daemon: Link | None = None
         self._job: LoadEngine | None = None
@@ -94,6 +96,9 @@ class StageProcess:
 
     def on_message(self, link: Link, message: Struct, payload: bytearray) -> None:
         """Steps and samples from the stage before this one; anything else is ignored."""
+        if isinstance(message, TrustChanged) and link is self._daemon:
+            self.on_trust_changed()
+            return
         if self._ring is None or link not in self._ring_links:
             log.warning("%s sent %s without being part of the ring", link.peer.name, type(message).__name__)
             return

@@ -112,3 +112,24 @@ def test_inventions_cannot_push_out_what_is_proven():
     assert len(book._nodes) == dial_book.MAX_NODES
     assert len(book._nodes[A].routes) == dial_book.MAX_ADDRESSES
     assert ONE in book._nodes[A].routes
+
+
+def test_an_evicted_node_is_not_dialled_and_its_addresses_wait_for_its_return():
+    book = DialBook("own")
+    book.note_sighting(A, [ONE], 0)
+    book.refuse([A])
+    assert book.due(0) == []
+    book.note_sighting(A, [ONE], 1)
+    assert book.due(1) == []
+    book.refuse([])
+    assert book.due(2) == [Candidate(*ONE, A)]
+
+
+def test_who_says_that_this_node_is_evicted_is_not_asked_again_for_minutes():
+    book = DialBook("own")
+    book.note_sighting(A, [ONE], 0)
+    assert book.due(0)
+    book.note_failed(ONE, 0, evicted=True)
+    book.note_sighting(A, [ONE], 1)
+    assert book.due(dial_book.EVICTED_BACKOFF - 1) == []
+    assert book.due(dial_book.EVICTED_BACKOFF) == [Candidate(*ONE, A)]

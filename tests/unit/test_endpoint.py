@@ -285,3 +285,24 @@ async def test_a_hello_that_cannot_be_shown_in_a_log_line_is_refused(caplog):
             await evil.dial("127.0.0.1", port)
         await until_refused(caplog, 1)
     assert "cannot be printed" in lines(caplog, "refused")[0]
+
+
+async def test_a_refused_node_is_cut_off_and_told_why_whoever_dials(caplog):
+    async with two_nodes() as pair:
+        near_link, far_link = await pair.dial()
+        reason = "evicted from this swarm on a day"
+        pair.far.refuse({pair.near.node_id: reason, pair.far.node_id: "never itself"})
+        await near_link.wait_closed()
+        await far_link.wait_closed()
+        assert near_link.close_reason == f"the other side closed the link: {reason}"
+        with pytest.raises(LinkRefused, match=f"it refused: {reason}") as caught:
+            await pair.near.dial("127.0.0.1", pair.port)
+        assert caught.value.evicted
+        port = await pair.near.listen("127.0.0.1", 0)
+        with pytest.raises(LinkRefused, match=f"node {pair.near.node_id[:12]} is {reason}") as caught:
+            await pair.far.dial("127.0.0.1", port)
+        assert caught.value.lasting
+        assert not caught.value.evicted
+        await until_refused(caplog, 2)
+        pair.far.refuse({})
+        await pair.dial()

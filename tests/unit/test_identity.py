@@ -134,12 +134,12 @@ def test_the_first_of_two_starts_wins(tmp_path, monkeypatch):
     first = load_or_create_node_key(tmp_path)
     from swarmd.transport import identity
 
-    real, looks = identity._read, []
+    real, looks = identity.read_file, []
 
     def blind_once(path, *, private=False):
         looks.append(path)
         return None if len(looks) == 1 else real(path, private=private)
 
-    monkeypatch.setattr(identity, "_read", blind_once)
+    monkeypatch.setattr(identity, "read_file", blind_once)
     assert load_or_create_node_key(tmp_path).private_bytes_raw() == first.private_bytes_raw()
     assert os.listdir(tmp_path) == ["node.key"]

@@ -212,3 +212,11 @@ def test_the_view_that_is_handed_out_is_a_copy():
     membership = member()
     membership.members.clear()
     assert membership.alive() == [record()]
+
+
+def test_an_expelled_node_is_gone_at_once():
+    membership = member()
+    assert membership.expel(A, 1) == [MemberChange(A, GONE)]
+    assert membership.alive() == []
+    assert membership.expel(A, 1) == []
+    assert membership.expel(B, 1) == [], "nobody"
