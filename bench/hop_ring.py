@@ -67,6 +67,7 @@ class FakeEngine:
     def __init__(self, index: int, stages: int, burn: int) -> None:
         self.first, self.last = index == 0, index == stages - 1
         self.weight_bytes, self.kv_tokens = 0, KV_TOKENS
+        self.kernels, self.held = "native", (0, 0)
         self._hidden = memoryview(bytearray(HIDDEN * 2 * 1024))
         self._burn = bytes(burn)
 
@@ -76,7 +77,7 @@ class FakeEngine:
     def free(self, seq: int) -> None:
         """Nothing is kept of a sequence."""
 
-    def step(self, chunks: Any, hidden: Any, dtype: str) -> FakeResult:
+    def step(self, chunks: Any, hidden: Any, dtype: str, out_dtype: str) -> FakeResult:
         """Hidden states of all rows, or a token for each chunk that asks for one."""
         if self._burn:
             hashlib.sha256(self._burn).digest()

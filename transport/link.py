@@ -85,7 +85,8 @@ class Link:
         self._telling = False  # `on_closed` is due or running
         self._finished = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self._dispatch = Dispatch(self, vocabulary, handler, self._asked, self._answering, self._on_goodbye)
+        dispatch = Dispatch(self, vocabulary, handler, self._asked, self._answering, self._on_goodbye)
+        self._receiver = Receiver(sock, self._decoder, dispatch.take)
 
     def __repr__(self) -> str:
         return f"Link({self.peer.role} {self.peer.name!r} {self.peer_id[:12]} at {self.remote_address})"
@@ -94,6 +95,11 @@ class Link:
     def closed(self) -> bool:
         """Whether the link is down or going down; `close_reason` then says why."""
         return bool(self.close_reason)
+
+    @property
+    def received_bytes(self) -> int:
+        """How much has come so far, also of a frame that is not complete: on a slow network, that is a sign of life."""
+        return self._receiver.received
 
     async def start(self) -> None:
         """Begin to receive; returns when the handler's `on_link` has. Called once, by the endpoint.
@@ -283,7 +289,7 @@ class Link:
     async def _receive(self) -> None:
         """Read and dispatch until the link is down; leaves it broken with a reason."""
         try:
-            await Receiver(self._sock, self._decoder, self._dispatch.take).run()
+            await self._receiver.run()
             middle = "in the middle of a frame" if self._decoder.in_frame else "without a goodbye"
             self._break(f"the other side closed the connection {middle}")
         except FrameError as error:

@@ -29,6 +29,7 @@ class Receiver:
         self._sock = sock
         self._decoder = decoder
         self._dispatch = dispatch
+        self.received = 0  # bytes, so far
         self._unfinished: Unfinished | None = None
         self._ended = False
 
@@ -62,6 +63,7 @@ class Receiver:
             if count == 0:
                 self._ended = True
                 return True
+            self.received += count
             decoder.advance(count)
             if sock.charge(count):
                 return True

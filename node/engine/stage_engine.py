@@ -150,6 +150,17 @@ class StageEngine:
         self._sampling[seq] = sampling
         self._history[seq] = [] if source < 0 else self._history[source][:length]
 
+    def reset(self) -> None:
+        """Forget all sequences."""
+        for seq in list(self._sampling):
+            self.free(seq)
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """(sequences, tokens cached of them all); may be asked from any thread."""
+        histories = list(self._history.values())
+        return len(histories), sum(map(len, histories))
+
     def length(self, seq: int) -> int:
         """Tokens cached. Raises StepError for an unknown sequence."""
         return self._compute.length(seq)

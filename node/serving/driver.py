@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from typing import NamedTuple
 
 from swarmd.discovery.records import LoadRecord
+from swarmd.node.serving.liveness import StepPatience
 from swarmd.node.serving.messages import Finished, Generate, Sampled, StepFailed, StepTimes, Token
 from swarmd.node.serving.profile import Profile
 from swarmd.node.serving.scheduler import Scheduler
@@ -42,7 +44,8 @@ class Driver:
 
     `run_step` hands a planned step to the first stage. With `speculation`, tokens are guessed ahead; guesses that take
     time are made by `make_guesses`. One driver serves one epoch; when the pipeline breaks, `fail` ends every request
-    with a typed error, so that its entry node can replay it in the next epoch. `clock` gives seconds.
+    with a typed error, so that its entry node can replay it in the next epoch. `clock` gives seconds. `numbers` are
+    those of its sequences: one that two drivers have in common would mean one sequence to what guesses.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Driver:
         speculation: Speculation | None = None,
         make_guesses: MakeGuesses | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        numbers: Iterator[int] | None = None,
     ) -> None:
         self._instance = instance
         self._limits = limits
@@ -63,7 +67,8 @@ class Driver:
         self._clock = clock
         self._requests: dict[int, _Request] = {}
         self._sent: dict[int, _Sent] = {}
-        self._next_seq = 0
+        self._numbers = numbers if numbers is not None else count()
+        self._patience = StepPatience()
         self._wake = asyncio.Event()
         self._failure: RemoteError | None = None
         self.profile: Profile | None = None
@@ -86,6 +91,20 @@ class Driver:
     def prefix_tokens_reused(self) -> int:
         """Prompt tokens that were not computed, since somebody before had the same prefix."""
         return self._scheduler.prefix_tokens_reused
+
+    @property
+    def settled(self) -> bool:
+        """Whether the first steps are done, so that no kernels are compiled any more."""
+        return self._patience.settled
+
+    def hung_for(self) -> float:
+        """Seconds that the oldest step has been in flight, if it is so long that something must hang; else 0."""
+        oldest = next(iter(self._sent.values()), None)
+        if oldest is None:
+            return 0.0
+        tokens = sum(len(chunk.tokens) for sent in self._sent.values() for chunk in sent.step.chunks)
+        now = self._clock()
+        return now - oldest.at if self._patience.overdue(now, oldest.at, tokens) else 0.0
 
     async def run(self) -> None:
         """Plan and send steps for as long as the pipeline lives; returns after `fail`."""
@@ -159,8 +178,9 @@ class Driver:
             drafts.keep(asks, await self._make_guesses(lambda: drafts.guess(asks)))
 
     def _learn(self, sent: _Sent, times: StepTimes, round_trip_us: float) -> None:
-        """What a step took tells the speculation the price of a guess."""
+        """What a step took tells how long to wait for the others, and the speculation the price of a guess."""
         decode, prefill = sent.step.rows
+        self._patience.answered(self._clock(), round_trip_us / 1e6, decode + prefill)
         if self._speculation is not None and not prefill:
             alone = sent.alone and not self._sent
             self._speculation.on_decoded(decode, len(sent.step.chunks), times, round_trip_us, alone=alone)
@@ -169,13 +189,12 @@ class Driver:
         if self._failure is not None:
             raise self._failure
         sequence = Sequence(
-            self._next_seq,
+            next(self._numbers),
             list(request.tokens),
             request.sampling,
             request.max_tokens,
             frozenset(request.stop_tokens),
         )
-        self._next_seq += 1
         try:
             self._scheduler.submit(sequence)
         except QueueFull:

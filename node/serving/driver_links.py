@@ -20,7 +20,8 @@ class DriverLinks:
     def __init__(self, endpoint: Endpoint, order: AddressOrder) -> None:
         self._endpoint = endpoint
         self._order = order
-        self._links: dict[tuple[str, int], Link] = {}
+        # By the process, which may drive one epoch after the other.
+        self._links: dict[tuple[str, tuple[Address, ...]], Link] = {}
         self._dialling = asyncio.Lock()
 
     async def get(self, record: InstanceRecord) -> Link:
@@ -28,7 +29,7 @@ class DriverLinks:
         stage = record.stages[0] if record.stages else None
         if stage is None or not stage.addresses:
             raise RemoteError("unreachable", "the instance has no driver at present")
-        key = (record.id, record.epoch)
+        key = (stage.node, stage.addresses)
         async with self._dialling:
             link = self._links.get(key)
             if link is None or link.closed:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
+from msgspec.structs import replace
 
 from swarmd.discovery.records import Address, LoadRecord
 from swarmd.node.engine.sampling_params import SamplingParams
@@ -26,6 +27,9 @@ class LoadEngine(Struct, frozen=True, tag="engine.load"):
 
     It is stage `index` of the pipeline and computes on `device`, by order of the node `owner`. The first stage guesses
     tokens ahead if it is to `speculate`, also with the draft model at `draft_path` if given.
+
+    A process that holds just these layers for another epoch keeps them: it forgets all sequences, leaves its ring and
+    belongs to this one.
     """
 
     instance: str
@@ -43,6 +47,10 @@ class LoadEngine(Struct, frozen=True, tag="engine.load"):
     index: int = 0
     device: str = "cpu"
     owner: str = ""
+
+    def same_stage(self, other: LoadEngine) -> bool:
+        """Whether both jobs ask for the same of a process, but for the plan that they belong to."""
+        return replace(self, epoch=0, index=0, owner="") == replace(other, epoch=0, index=0, owner="")
 
 
 class EngineLoaded(Struct, frozen=True, tag="engine.loaded"):
@@ -80,9 +88,31 @@ class TrustChanged(Struct, frozen=True, tag="trust.changed"):
 
 
 class EngineTrouble(Struct, frozen=True, tag="engine.trouble"):
-    """Stage process to daemon: this stage cannot go on with its epoch, and why."""
+    """Stage process to daemon: this stage cannot go on with its epoch, and why.
+
+    If it is `sound`, the trouble is with a neighbour or a link, and the stage can serve in another epoch.
+    """
 
     reason: str
+    sound: bool = False
+
+
+class EngineBeat(Struct, frozen=True, tag="engine.beat"):
+    """Stage process to its daemon, twice a second: it lives.
+
+    Before it is `settled` it loads, or its kernels may still be compiled, and it may be silent for longer. It holds
+    `kv_tokens` of so many sequences, also those that ended and are retained.
+    """
+
+    settled: bool
+    sequences: int = 0
+    kv_tokens: int = 0
+
+
+class RingBeat(Struct, frozen=True, tag="ring.beat"):
+    """Either way on a ring link, twice a second: this stage lives. `settled` as in `EngineBeat`."""
+
+    settled: bool
 
 
 class EngineLoad(Struct, frozen=True, tag="engine.busy"):
@@ -213,8 +243,10 @@ DATA_MESSAGES = (
     Connected,
     TrustChanged,
     EngineTrouble,
+    EngineBeat,
     EngineLoad,
     JoinRing,
+    RingBeat,
     Step,
     Sampled,
     StepFailed,

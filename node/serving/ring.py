@@ -53,7 +53,7 @@ class RingStage:
 
     `following` is the link to the next stage, None when this stage is the whole pipeline. The first stage is given its
     `driver` and receives the samples. `on_broken` hears of an error that no step should cause; nothing is computed
-    after it.
+    after it, nor after `end`.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class RingStage:
         self._loop = asyncio.get_running_loop()
         self._waiting: deque[_Arrival] = deque()
         self._computing = False
-        self._broken = False
+        self._ended = False
         self._sent_at: dict[int, float] = {}
         self._last_ended = 0.0
 
@@ -86,7 +86,7 @@ class RingStage:
 
         Raises ValueError when more steps are queued than any driver sends.
         """
-        if step.epoch != self._epoch or self._broken:
+        if step.epoch != self._epoch or self._ended:
             return
         if len(self._waiting) >= MAX_QUEUED_STEPS:
             raise ValueError(f"more than {MAX_QUEUED_STEPS} steps at once")
@@ -97,6 +97,11 @@ class RingStage:
             self._waiting.append(arrival)
         else:
             self._start(arrival)
+
+    def end(self) -> None:
+        """The epoch is over: of what was queued nothing is computed, and what is being computed goes nowhere."""
+        self._ended = True
+        self._waiting.clear()
 
     def on_sampled(self, message: Sampled) -> None:
         """Samples arrived at the first stage."""
@@ -148,13 +153,15 @@ class RingStage:
     def _done(self, step: Step, outcome: StepResult | BaseException, clock: _Clock) -> None:
         """On the loop: a step was computed here, or could not be."""
         self._computing = False
+        if self._ended:
+            return
         if not isinstance(outcome, BaseException):
             self._hand_on(step, outcome, clock)
         elif isinstance(outcome, RuntimeError | ValueError | MemoryError):
             log.error("step %d failed", step.step, exc_info=outcome)
             self.on_failed(StepFailed(self._epoch, step.step, f"{type(outcome).__name__}: {outcome}"))
         else:
-            self._broken = True
+            self.end()
             self._on_broken(outcome)
             return
         if self._waiting:

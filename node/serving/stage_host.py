@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 import sys
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +17,10 @@ from typing import NamedTuple
 from msgspec import Struct
 
 from swarmd.discovery.records import LoadRecord
+from swarmd.node.serving.liveness import Silence
 from swarmd.node.serving.messages import (
     Connect,
+    EngineBeat,
     EngineLoad,
     EngineLoaded,
     EngineProgress,
@@ -31,6 +34,12 @@ log = logging.getLogger("swarmd.stages")
 SPAWN_SECONDS = 60.0
 CONNECT_SECONDS = 15.0
 EXIT_SECONDS = 2.0
+# A step of the epoch before must be over first.
+RENEW_SECONDS = 10.0
+TICK_SECONDS = 0.25
+SILENCE_SECONDS = 2.5
+# While layers are loaded, and until compiled kernels are there: both may hold the interpreter's lock for long.
+UNSETTLED_SILENCE_SECONDS = 120.0
 # libgomp's threads spin for milliseconds at every barrier by default. When anything else wants a core, one stage then
 # runs at a tenth of its speed or less; a short spin costs some speed on an idle machine and none of that.
 SHORT_SPIN = {"GOMP_SPINCOUNT": "1000"}
@@ -55,6 +64,14 @@ class StageKey(NamedTuple):
         return self.instance == other.instance and (not same_plan or self.place == other.place)
 
 
+class StageStatus(NamedTuple):
+    """A stage, its process, and its latest sign of life, which tells what it holds of sequences; None before any."""
+
+    job: LoadEngine
+    pid: int
+    beat: EngineBeat | None
+
+
 OnLost = Callable[[LoadEngine, str], None]
 OnProgress = Callable[[LoadEngine, int, int], None]
 
@@ -65,15 +82,21 @@ class _Child:
     process: asyncio.subprocess.Process
     up: asyncio.Future[Link]
     watcher: asyncio.Task[None] = field(init=False)
+    loaded: EngineLoaded | None = None
     load: LoadRecord | None = None
+    beat: EngineBeat | None = None
     stopping: bool = False
+    # Its epoch is over, and the owner knows.
     troubled: bool = False
+    # Nothing can be expected of the process any more.
+    sick: bool = False
 
 
 class StageHost:
     """All stage processes of this node: of an instance one per stage that the plan puts here, each on its own device.
 
-    `on_lost` hears when one ends or breaks without having been told to; `on_progress` while it loads.
+    `on_lost` hears when one ends, breaks or hangs without having been told to; `on_progress` while it loads. One that
+    hangs is killed. `clock` gives seconds.
     """
 
     def __init__(
@@ -85,6 +108,7 @@ class StageHost:
         on_lost: OnLost,
         on_progress: OnProgress,
         on_load: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._data_dir = data_dir
         self._name = name
@@ -95,6 +119,9 @@ class StageHost:
         self._children: list[_Child] = []  # until their processes have ended
         self._by_ticket: dict[str, _Child] = {}
         self._by_link: dict[Link, _Child] = {}
+        self._clock = clock
+        self._silence: Silence[_Child] = Silence(TICK_SECONDS)
+        self._guard: asyncio.Task[None] | None = None
 
     @property
     def loads(self) -> tuple[LoadRecord, ...]:
@@ -106,18 +133,29 @@ class StageHost:
         """What the stages of this node hold."""
         return tuple(child.job for child in self._children if not child.stopping)
 
+    @property
+    def stages(self) -> tuple[StageStatus, ...]:
+        """The stages of this node as they are now."""
+        return tuple(StageStatus(c.job, c.process.pid, c.beat) for c in self._children if not c.stopping)
+
     async def start(self, job: LoadEngine) -> EngineLoaded:
         """Start a stage process and wait until it holds its layers.
 
-        What the job replaces is ended first: the instance's stages of an earlier epoch or of another owner, and an
-        earlier start of the same stage. Raises RemoteError: `stale_epoch`, `spawn_failed`, or `load_failed` with the
-        engine's own words.
+        A process of the instance, of an earlier epoch or another owner, that holds just these layers serves the new
+        epoch with what it holds. Otherwise what the job replaces is ended first, for its memory: the instance's stages
+        on the same device, of an earlier epoch or of another owner, and an earlier start of the same stage. Those on
+        other devices have orders of their own on the way, or are pruned. Raises RemoteError: `stale_epoch`,
+        `spawn_failed`, or `load_failed` with the engine's own words.
         """
         newest = max((present.epoch for present in self.jobs if present.instance == job.instance), default=0)
         if newest > job.epoch:
             raise RemoteError("stale_epoch", f"this node serves epoch {newest} already")
         key = StageKey.of(job)
-        await self._end([child for child in self._children if key.replaces(StageKey.of(child.job))])
+        replaced = [child for child in self._children if key.replaces(StageKey.of(child.job))]
+        kept = next((child for child in replaced if _can_be_kept(child, job)), None)
+        if kept is not None and (renewed := await self._renew(kept, job)) is not None:
+            return renewed
+        await self._end([c for c in replaced if c.job.device == job.device or c.job.index == job.index])
         child = await self._spawn(job)
         try:
             async with asyncio.timeout(SPAWN_SECONDS):
@@ -130,6 +168,7 @@ class StageHost:
             await self._end([child])
             raise (error if isinstance(error, RemoteError) else RemoteError("spawn_failed", str(error))) from error
         assert isinstance(loaded, EngineLoaded)
+        child.loaded = loaded
         return loaded
 
     async def connect(self, instance: str, epoch: int, index: int, wiring: Connect) -> None:
@@ -137,7 +176,7 @@ class StageHost:
         wanted = (instance, epoch, index)
         here = (c for c in self._children if (c.job.instance, c.job.epoch, c.job.index) == wanted and not c.stopping)
         child = next(here, None)
-        if child is None or not child.up.done() or child.up.cancelled():
+        if child is None or child.loaded is None:
             raise RemoteError("stale_epoch", f"this node has no stage {index} of epoch {epoch}")
         try:
             await child.up.result().request(wiring, timeout=CONNECT_SECONDS)
@@ -154,6 +193,8 @@ class StageHost:
 
     async def close(self) -> None:
         """End every stage process."""
+        if self._guard is not None:
+            self._guard.cancel()
         await self._end(self._children)
 
     def tell(self, message: Struct) -> None:
@@ -168,6 +209,7 @@ class StageHost:
         if child is None or child.up.done():
             return False
         self._by_link[link] = child
+        self._silence.watch(child, self._clock(), UNSETTLED_SILENCE_SECONDS)
         child.up.set_result(link)
         return True
 
@@ -176,20 +218,52 @@ class StageHost:
         child = self._by_link.get(link)
         if child is None:
             return
+        self._silence.heard(child, self._clock())
         match message:
+            case EngineBeat(settled=settled):
+                child.beat = message
+                self._silence.allow(child, SILENCE_SECONDS if settled else UNSETTLED_SILENCE_SECONDS)
             case EngineProgress(done_bytes=done, total_bytes=total):
                 self._on_progress(child.job, done, total)
             case EngineLoad(load=load):
                 child.load = load
                 self._on_load()
-            case EngineTrouble(reason=reason):
+            case EngineTrouble(reason=reason, sound=sound):
+                child.sick |= not sound
                 self._lose(child, reason)
 
     def on_closed(self, link: Link, reason: str) -> None:
         """The link to a stage process is down; the process's end follows."""
         child = self._by_link.pop(link, None)
         if child is not None:
+            child.sick = True
             self._lose(child, f"the stage process's link ended: {reason}")
+
+    def check(self, now: float) -> None:
+        """Kill the stage processes that hang, and report them. Called every TICK_SECONDS."""
+        for child, silent in self._silence.overdue(now):
+            self._silence.forget(child)
+            child.sick = True
+            self._lose(child, f"the stage process has said nothing for {silent:.1f} s and was killed")
+            if child.process.returncode is None:
+                child.process.kill()
+
+    async def _renew(self, child: _Child, job: LoadEngine) -> EngineLoaded | None:
+        """Have a stage process serve the epoch of a job; None, and it is ended, when it does not."""
+        # It belongs to the new epoch from here on, so that other orders of that do not end it.
+        child.job, child.load, child.troubled = job, None, True
+        try:
+            loaded, _ = await child.up.result().request(job, timeout=RENEW_SECONDS)
+        except (LinkClosed, RemoteError, TimeoutError) as error:
+            log.warning("stage process %d cannot be kept: %s", child.process.pid, error)
+            await self._end([child])
+            return None
+        assert isinstance(loaded, EngineLoaded)
+        if child.job is not job:
+            raise RemoteError("stale_epoch", "a later order replaced this one")
+        child.loaded, child.troubled = loaded, False
+        log.info("stage process %d keeps its layers for epoch %d", child.process.pid, job.epoch)
+        return loaded
 
     async def _spawn(self, job: LoadEngine) -> _Child:
         ticket = secrets.token_hex(8)
@@ -210,6 +284,8 @@ class StageHost:
         child = _Child(job, process, asyncio.get_running_loop().create_future())
         self._children.append(child)
         self._by_ticket[ticket] = child
+        if self._guard is None or self._guard.done():
+            self._guard = asyncio.create_task(self._watch_over(), name="guard of the stage processes")
         child.watcher = asyncio.create_task(self._watch(child, ticket), name=f"stage process {process.pid}")
         log.info("stage process %d starts for layers %d to %d on %s", process.pid, job.start, job.end - 1, job.device)
         return child
@@ -222,7 +298,14 @@ class StageHost:
             child.up.set_exception(RemoteError("spawn_failed", words))
             child.up.exception()
         self._children.remove(child)
+        self._silence.forget(child)
+        child.sick = True
         self._lose(child, words)
+
+    async def _watch_over(self) -> None:
+        while self._children:
+            self.check(self._clock())
+            await asyncio.sleep(TICK_SECONDS)
 
     def _lose(self, child: _Child, reason: str) -> None:
         if not child.stopping and not child.troubled:
@@ -239,6 +322,10 @@ class StageHost:
         for child in ending:
             child.stopping = True
         await asyncio.gather(*map(_terminate, ending))
+
+
+def _can_be_kept(child: _Child, job: LoadEngine) -> bool:
+    return child.loaded is not None and not (child.stopping or child.sick) and child.job.same_stage(job)
 
 
 async def _terminate(child: _Child) -> None:

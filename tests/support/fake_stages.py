@@ -13,7 +13,7 @@ from swarmd.discovery.records import Address
 from swarmd.node.serving import stage_host
 from swarmd.node.serving.messages import Connect, Connected, EngineLoaded, LoadEngine
 from swarmd.node.serving.stage_host import StageHost
-from swarmd.transport.link import LinkClosed
+from swarmd.transport.link import LinkClosed, RemoteError
 
 
 class FakeStage:
@@ -26,12 +26,15 @@ class FakeStage:
         self.job: LoadEngine | None = None
         self.next: tuple[Address, ...] | None = None
         self.deaf = False
+        self.refuses = False
         self._loading = loading
         self._ended = asyncio.Event()
 
     async def request(self, message: Struct, *, timeout: float | None) -> tuple[Struct, bytes]:
         """What a real one answers."""
         if isinstance(message, LoadEngine):
+            if self.refuses:
+                raise RemoteError("busy", "this process holds other layers")
             self.job = message
             waiting = [asyncio.ensure_future(event.wait()) for event in (self._loading, self._ended)]
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)

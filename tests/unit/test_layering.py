@@ -22,7 +22,7 @@ PURE = (
     *("node.serving.prefix_cache", "node.serving.prefix_tree", "node.serving.steps"),
     *("node.serving.generation", "node.serving.messages", "node.serving.scheduler", "node.serving.sequences"),
     *("node.serving.draft_policy", "node.serving.drafting", "node.serving.ngram_index", "node.serving.speculation"),
-    *("node.serving.step_cost", "node.serving.text_stream"),
+    *("node.serving.step_cost", "node.serving.text_stream", "node.serving.liveness"),
 )
 # Its PeerAddress stands beside the function that resolves one.
 PURE_BY_ITSELF = {"discovery.dial_book"}

@@ -19,7 +19,7 @@ from swarmd.node.cluster.stage_orders import StageOrders
 from swarmd.node.models.manifest import ModelManifest
 from swarmd.node.models.progress import Progress
 from swarmd.node.serving import stage_host
-from swarmd.node.serving.messages import EngineProgress, EngineTrouble
+from swarmd.node.serving.messages import EngineBeat, EngineProgress, EngineTrouble
 from swarmd.node.serving.stage_host import StageHost
 from swarmd.transport.link import RemoteError
 
@@ -43,6 +43,7 @@ class OneNode:
     def __init__(self, stages: FakeStages) -> None:
         self.stages = stages
         self.told: list[tuple[str, Struct]] = []
+        self.now = 0.0
         mesh: Any = SimpleNamespace(link_to=lambda node: None)
         exchange: Any = FakeExchange()
         self.orders = StageOrders(
@@ -63,13 +64,16 @@ class OneNode:
             on_lost=self.orders.on_lost,
             on_progress=self.orders.on_progress,
             on_load=lambda: None,
+            clock=lambda: self.now,
         )
         self.orders.host = stages.host = self.host
 
-    async def start(self, index: int, *, epoch: int = 1, owner: str = OWNER, instance: str = "i") -> StageStarted:
+    async def start(
+        self, index: int, *, epoch: int = 1, owner: str = OWNER, instance: str = "i", kv_tokens: int = 64
+    ) -> StageStarted:
         manifest: Any = SimpleNamespace(name="tiny")
         device = ("cuda:0", "cpu", "cuda:7")[index]
-        order = StartStage(instance, epoch, index, manifest, device, 3 * index, 3 * index + 3, 64, 64)
+        order = StartStage(instance, epoch, index, manifest, device, 3 * index, 3 * index + 3, kv_tokens, 64)
         started = await self.orders.carry_out(owner, order)
         assert isinstance(started, StageStarted)
         return started
@@ -148,28 +152,115 @@ async def test_one_order_ends_all_stages_of_the_epoch(node: OneNode):
     assert node.losses() == [], "who is told to end is not lost"
 
 
-async def test_a_later_plan_ends_all_stages_of_the_earlier_one_before_it_starts_its_own(node: OneNode):
+async def test_a_later_plan_ends_the_stage_on_a_device_before_it_starts_its_own(node: OneNode):
     await node.both()
-    await node.start(1, epoch=2)
-    assert node.running() == [(2, 1, "cpu")], "also the one that the new plan does not use"
+    await node.start(1, epoch=2, kv_tokens=128)
+    assert node.running() == [(1, 0, "cuda:0"), (2, 1, "cpu")], "the order for the other may be on its way"
+    await node.orders.prune({"i": (OWNER, 2)})
+    assert node.running() == [(2, 1, "cpu")], "or there is none"
     with pytest.raises(RemoteError, match="serves epoch 2 already"):
         await node.start(0, epoch=1)
 
 
-async def test_stages_that_start_at_once_both_wait_for_the_old_ones_to_be_gone(
+async def test_a_stage_waits_for_the_one_before_it_on_its_device_to_be_gone(
     node: OneNode, monkeypatch: pytest.MonkeyPatch
 ):
-    """Or there would be too little memory for them."""
+    """Or there would be too little memory for it."""
     monkeypatch.setattr(stage_host, "EXIT_SECONDS", 60.0)
     await node.both()
     old = node.stages.all[0]
     old.deaf = True
-    starting = asyncio.gather(node.start(0, epoch=2), node.start(1, epoch=2))
+    starting = asyncio.ensure_future(node.both(epoch=2, kv_tokens=128))
     await turns()
-    assert node.running() == [(1, 0, "cuda:0")]
+    assert node.running() == [(1, 0, "cuda:0"), (2, 1, "cpu")]
     old.kill()
     await starting
     assert node.running() == [(2, 0, "cuda:0"), (2, 1, "cpu")]
+
+
+async def test_stages_that_hold_what_a_later_plan_asks_for_are_kept(node: OneNode):
+    before = await node.both()
+    pids = [stage.pid for stage in node.stages.running]
+    after = await node.both(epoch=2)
+    assert [stage.pid for stage in node.stages.running] == pids
+    assert node.running() == [(2, 0, "cuda:0"), (2, 1, "cpu")]
+    assert [stage.addresses for stage in after] == [stage.addresses for stage in before]
+    assert {(job.epoch, job.index) for job in node.host.jobs} == {(2, 0), (2, 1)}
+    node.stages.running[0].end(1)
+    await turns()
+    assert node.losses() == [(OWNER, 2, 0)], "losses are of the epoch that it belongs to"
+
+
+async def test_a_plan_that_keeps_one_stage_and_has_no_use_for_the_other(node: OneNode):
+    await node.both()
+    kept = node.stages.running[1]
+    await node.start(1, epoch=2, owner=RIVAL)
+    await node.orders.prune({"i": (RIVAL, 2)})
+    assert node.stages.running == [kept]
+
+
+async def test_a_stage_that_lost_a_neighbour_is_kept_and_one_that_is_not_sound_is_not(node: OneNode):
+    await node.both()
+    first, second = node.stages.running
+    for stage, sound in ((first, True), (second, False)):
+        link: Any = stage
+        await node.host.on_message(link, EngineTrouble("it broke", sound))
+    assert node.losses() == [(OWNER, 1, 0), (OWNER, 1, 1)]
+    await node.start(0, epoch=2)
+    await node.start(1, epoch=2)
+    assert (first.returncode, second.returncode) == (None, -15)
+    assert node.running() == [(2, 0, "cuda:0"), (2, 1, "cpu")]
+    link = first
+    await node.host.on_message(link, EngineTrouble("it broke again", True))
+    assert node.losses()[2:] == [(OWNER, 2, 0)]
+
+
+async def test_a_stage_that_does_not_take_the_new_epoch_is_replaced(node: OneNode):
+    await node.both()
+    old = node.stages.running[0]
+    old.refuses = True
+    await node.start(0, epoch=2)
+    assert old.returncode == -15
+    assert (2, 0, "cuda:0") in node.running()
+    assert node.losses() == []
+
+
+async def test_a_process_that_hangs_is_killed_and_reported_and_those_that_beat_are_not(node: OneNode):
+    await node.both()
+    lively, hung = node.stages.running
+    links: list[Any] = [lively, hung]
+    now = node.now = 100.0
+    for link in links:
+        await node.host.on_message(link, EngineBeat(settled=True, sequences=2, kv_tokens=20))
+    assert [stage.beat and stage.beat.kv_tokens for stage in node.host.stages] == [20, 20]
+    while not node.losses():
+        node.now += stage_host.TICK_SECONDS
+        node.host.check(node.now)
+        await node.host.on_message(links[0], EngineBeat(settled=True))
+        await turns()
+        assert node.now < now + 4
+    assert node.now > now + stage_host.SILENCE_SECONDS
+    assert (lively.returncode, hung.returncode) == (None, -9)
+    assert node.losses() == [(OWNER, 1, 1)]
+    await node.start(1, epoch=2)
+    assert node.running() == [(1, 0, "cuda:0"), (2, 1, "cpu")], "what was killed is not kept"
+
+
+async def test_a_process_that_loads_or_compiles_may_be_silent_for_longer(node: OneNode):
+    node.stages.loading.clear()
+    starting = asyncio.ensure_future(node.start(0))
+    await turns()
+    for _ in range(100):
+        node.now += stage_host.TICK_SECONDS
+        node.host.check(node.now)
+    node.stages.loading.set()
+    await starting
+    link: Any = node.stages.running[0]
+    await node.host.on_message(link, EngineBeat(settled=False))
+    for _ in range(100):
+        node.now += stage_host.TICK_SECONDS
+        node.host.check(node.now)
+    assert node.losses() == []
 
 
 async def test_one_that_does_not_listen_is_killed(node: OneNode, monkeypatch: pytest.MonkeyPatch):
@@ -182,7 +273,8 @@ async def test_one_that_does_not_listen_is_killed(node: OneNode, monkeypatch: py
 
 async def test_the_plan_of_a_rival_with_the_same_epoch_replaces_all(node: OneNode):
     await node.both()
-    await node.start(1, owner=RIVAL)
+    await node.start(1, owner=RIVAL, kv_tokens=128)
+    await node.orders.prune({"i": (RIVAL, 1)})
     assert [(job.owner, job.index) for job in node.host.jobs] == [(RIVAL, 1)]
     assert len(node.stages.running) == 1
 

@@ -1,0 +1,247 @@
+"""One epoch of a stage: its place in the ring, the links with its neighbours and, on the first stage, the driver."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from dataclasses import dataclass, field
+from itertools import count
+from typing import TYPE_CHECKING
+
+from msgspec import Struct
+
+from swarmd.node.serving.compute_thread import ComputeThread
+from swarmd.node.serving.driver import Driver
+from swarmd.node.serving.liveness import Silence
+from swarmd.node.serving.messages import (
+    Connect,
+    EngineLoad,
+    EngineTrouble,
+    Generate,
+    JoinRing,
+    LoadEngine,
+    RingBeat,
+    Sampled,
+    Step,
+    StepFailed,
+)
+from swarmd.node.serving.profile import Profile, profile_of
+from swarmd.node.serving.ring import RingStage, watch
+from swarmd.node.serving.speculation import Speculation
+from swarmd.node.serving.steps import Limits, PlannedStep
+from swarmd.transport.endpoint import Endpoint, LinkRefused
+from swarmd.transport.link import Link, LinkClosed, RemoteError
+
+if TYPE_CHECKING:
+    from swarmd.node.engine.stage_engine import StageEngine
+
+log = logging.getLogger("swarmd.stage")
+
+LOAD_REPORT_SECONDS = 0.5
+DIAL_SECONDS = 3.0
+TICK_SECONDS = 0.25
+RING_SILENCE_SECONDS = 2.0
+# Compilers may hold the interpreter's lock for long.
+UNSETTLED_SILENCE_SECONDS = 60.0
+HUNG_TICKS = 8
+
+
+@dataclass
+class StageParts:
+    """What one epoch of a stage process leaves to the next. `settled` says that no kernels are to be compiled any more;
+    `tell` sends a message to the daemon; `numbers` are those of the driver's sequences, none twice.
+    """
+
+    endpoint: Endpoint
+    engine: StageEngine
+    compute: ComputeThread
+    speculation: Speculation | None
+    tell: Callable[[Struct], Awaitable[None]]
+    settled: bool = False
+    numbers: Iterator[int] = field(default_factory=count)
+    profile: Profile | None = None
+    background: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def spawn(self, work: Coroutine[object, object, None]) -> None:
+        """Do something that outlives the epoch."""
+        task = asyncio.create_task(work)
+        self.background.add(task)
+        task.add_done_callback(self.background.discard)
+
+
+class StageEpoch:
+    """The ring as one stage sees it, from `connect` on until it breaks or a later epoch takes its place.
+
+    It breaks when a neighbour is lost or silent, when a step is never answered, or when something fails that should
+    not. Then the requests are told, the daemon, and the neighbours, who pass it on by closing too.
+    """
+
+    def __init__(self, job: LoadEngine, parts: StageParts) -> None:
+        self.job = job
+        self._parts = parts
+        self._ring: RingStage | None = None
+        self._links: list[Link] = []
+        self._received: dict[Link, int] = {}
+        self._silence: Silence[Link] = Silence(TICK_SECONDS)
+        self._tasks: list[asyncio.Task[None]] = []
+        self._hung_ticks = 0
+        self._over = False
+        self._loop = asyncio.get_running_loop()
+
+    async def connect(self, order: Connect) -> None:
+        """Join the ring: dial the next stage, and begin to drive on the first one. Raises RemoteError."""
+        job, parts = self.job, self._parts
+        if parts.profile is None:
+            try:
+                parts.profile = profile_of(f"stage {job.start}-{job.end - 1}", os.environ.get("SWARMD_PROFILE", ""))
+            except OSError as error:
+                log.warning("no profile is written to SWARMD_PROFILE: %s", error)
+        ring = RingStage(
+            parts.engine, job.epoch, order.wire_dtype, parts.compute, on_broken=self._on_broken, profile=parts.profile
+        )
+        if order.n_stages > 1:
+            ring.following = await self._dial_next(order)
+            await ring.following.request(JoinRing(job.instance, job.epoch), timeout=DIAL_SECONDS)
+            self._add(ring.following)
+        self._ring = ring
+        if parts.engine.first:
+            self._start_driver(ring, order)
+
+    def take_previous(self, link: Link, message: JoinRing) -> None:
+        """The stage before this one has dialled. Raises RemoteError when it belongs to another epoch."""
+        if self._over or (message.instance, message.epoch) != (self.job.instance, self.job.epoch):
+            raise RemoteError("stale_epoch", "this stage belongs to another epoch")
+        self._add(link)
+
+    def on_message(self, link: Link, message: Struct, payload: bytearray) -> None:
+        """Steps and samples from the stage before this one, and signs of life; anything else is ignored."""
+        if link not in self._links:
+            if not self._over:
+                log.warning("%s sent %s without being part of the ring", link.peer.name, type(message).__name__)
+        elif isinstance(message, RingBeat):
+            self._silence.allow(link, RING_SILENCE_SECONDS if message.settled else UNSETTLED_SILENCE_SECONDS)
+        elif self._ring is not None:
+            match message:
+                case Step():
+                    self._ring.begin(message, payload)
+                case Sampled():
+                    self._ring.on_sampled(message)
+                case StepFailed():
+                    self._ring.on_failed(message)
+
+    def generate(self, message: Generate) -> AsyncIterator[Struct]:
+        """The stream of a request. Raises RemoteError when this is not the driver of its epoch."""
+        if self._ring is None or self._ring.driver is None:
+            raise RemoteError("not_driver", "this process does not drive an instance")
+        if (message.instance, message.epoch) != (self.job.instance, self.job.epoch):
+            raise RemoteError("stale_epoch", f"this driver serves epoch {self.job.epoch}, not {message.epoch}")
+        return self._ring.driver.generate(message)
+
+    def beat(self) -> None:
+        """Tell the neighbours that this stage lives."""
+        message = RingBeat(self._parts.settled)
+        for link in self._links:
+            try:
+                link.send_soon(message)
+            except LinkClosed:
+                continue  # its handler hears of it
+
+    async def check(self, now: float) -> None:
+        """Break the ring if a neighbour is silent, or a step is not answered. Called every TICK_SECONDS."""
+        for link in self._links:
+            if link.received_bytes != self._received[link]:
+                self._received[link] = link.received_bytes
+                self._silence.heard(link, now)
+        if found := self._silence.overdue(now):
+            link, silent = found[0]
+            await self.break_ring(f"{link.peer.name} has said nothing for {silent:.1f} s")
+        elif self._ring is not None and (driver := self._ring.driver) is not None:
+            self._parts.settled |= driver.settled
+            waited = driver.hung_for()
+            # One look is not enough: perhaps this process itself stood still, and the answer is about to be read.
+            self._hung_ticks = self._hung_ticks + 1 if waited else 0
+            if self._hung_ticks >= HUNG_TICKS:
+                await self.break_ring(f"a step has not been answered for {waited:.0f} s")
+
+    async def on_closed(self, link: Link, reason: str) -> None:
+        """Without a neighbour the epoch is over."""
+        if link in self._links:
+            await self.break_ring(f"the link with {link.peer.name} ended: {reason}")
+
+    async def break_ring(self, reason: str, *, sound: bool = True) -> None:
+        """This epoch is over, once: tell the daemon at once, then the neighbours."""
+        if not self._over:
+            links = self._end("stage_lost", reason)
+            await self._parts.tell(EngineTrouble(reason[:400], sound))
+            await self._hang_up(links, "a neighbour in the ring was lost")
+
+    def leave(self) -> None:
+        """A later epoch takes the place of this one."""
+        links = self._end("stale_epoch", f"epoch {self.job.epoch} is over")
+        self._parts.spawn(self._hang_up(links, "a later epoch has begun"))
+
+    def _end(self, code: str, reason: str) -> list[Link]:
+        """Nothing is computed any more, and every request is told; the links that are to be closed."""
+        self._over = True
+        if self._ring is not None:
+            self._ring.end()
+            if self._ring.driver is not None:
+                self._ring.driver.fail(code, reason)
+        for task in self._tasks:
+            task.cancel()
+        links, self._links = self._links, []
+        for link in links:
+            self._silence.forget(link)
+        return links
+
+    async def _hang_up(self, links: list[Link], reason: str) -> None:
+        await asyncio.gather(*(link.close(reason) for link in links))
+
+    def _add(self, link: Link) -> None:
+        self._links.append(link)
+        self._received[link] = link.received_bytes
+        self._silence.watch(link, self._loop.time(), UNSETTLED_SILENCE_SECONDS)
+
+    async def _dial_next(self, order: Connect) -> Link:
+        reason = "the next stage has no address"
+        for address in order.next_addresses:
+            try:
+                return await self._parts.endpoint.dial(
+                    address.host, address.port, expect=order.next_node, timeout=DIAL_SECONDS
+                )
+            except LinkRefused as error:
+                reason = error.reason
+        raise RemoteError("unreachable", f"the next stage cannot be reached: {reason}")
+
+    def _start_driver(self, ring: RingStage, order: Connect) -> None:
+        job, parts = self.job, self._parts
+
+        async def run_step(step: PlannedStep) -> None:
+            ring.begin(Step(job.epoch, step.step, step.open, step.chunks, step.free, order.wire_dtype), None)
+
+        def make_guesses(guess: Callable[[], list[list[int]]]) -> Awaitable[list[list[int]]]:
+            return self._loop.run_in_executor(parts.compute, guess)
+
+        limits = Limits(n_stages=order.n_stages, kv_tokens=job.kv_tokens, context=job.context)
+        ring.driver = Driver(job.instance, limits, run_step, parts.speculation, make_guesses, numbers=parts.numbers)
+        ring.driver.profile = parts.profile
+        self._start(ring.driver.run())
+        self._start(self._report_load(ring.driver))
+
+    async def _report_load(self, driver: Driver) -> None:
+        told = None
+        while True:
+            if (load := driver.load) != told:
+                await self._parts.tell(EngineLoad(load))
+                told = load
+            await asyncio.sleep(LOAD_REPORT_SECONDS)
+
+    def _start(self, work: Coroutine[object, object, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.append(task)
+        watch(task, self._on_broken)
+
+    def _on_broken(self, error: BaseException) -> None:
+        self._parts.spawn(self.break_ring(f"{type(error).__name__}: {error}", sound=False))
