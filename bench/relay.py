@@ -138,7 +138,7 @@ class ShapedLan(Lan):
             burst, limit = _BUCKETS.get(int(self._rate), ("256k", "2mb"))
             bucket = ["root", "tbf", "rate", f"{self._rate}mbit", "burst", burst, "limit", limit]
             for place in (["-n", name], []):
-                device = "eth0" if place else f"sw{self.tag}v{index}"
+                device = "eth0" if place else self._outer(index)
                 subprocess.run(["tc", *place, "qdisc", "add", "dev", device, *bucket], check=True)
 
 

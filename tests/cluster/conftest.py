@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.answers import Answer
+from support.stream_load import Outcome
 from support.swarm import Node
 
 Reference = Callable[..., Answer]
+GAPS = pytest.StashKey[list[str]]()
 Reporting = Generator[None, pytest.TestReport, pytest.TestReport]
 
 
@@ -19,7 +21,7 @@ def solo(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     """`solo(prompt, **options)`: what a node alone answers, with nothing else to do; asked once per question."""
     answers: dict[str, Answer] = {}
     data_dir = tmp_path_factory.mktemp("solo") / "alone"
-    with Node(data_dir, "--model", str(smollm2_path), "--no-mdns", "--context", "1024", "--threads", "1") as node:
+    with Node(data_dir, "--model", str(smollm2_path), "--no-mdns", "--context", "2048", "--threads", "1") as node:
 
         def ask(prompt: str, **options: Any) -> Answer:
             question = repr((prompt, sorted(options.items())))
@@ -29,6 +31,25 @@ def solo(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             return answers[question]
 
         yield ask
+
+
+@pytest.fixture
+def note_gaps(request: pytest.FixtureRequest) -> Callable[[str, Sequence[Outcome]], None]:
+    """`note_gaps(case, outcomes)`: how long clients waited, for the summary at the end of the run."""
+    lines = request.config.stash.setdefault(GAPS, [])
+
+    def note(case: str, outcomes: Sequence[Outcome]) -> None:
+        wait, gap = max(o.wait for o in outcomes), max(o.gap for o in outcomes)
+        lines.append(f"{gap:6.2f} s between tokens, {wait:6.2f} s to the first: {case}")
+
+    return note
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """The longest waits of clients while something happened to their swarm."""
+    if lines := config.stash.get(GAPS, []):
+        terminalreporter.section("longest waits under faults")
+        terminalreporter.write_line("\n".join(lines))
 
 
 @pytest.hookimpl(wrapper=True)

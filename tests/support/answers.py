@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -42,9 +43,13 @@ def answer_of(body: dict[str, Any]) -> Answer:
 
 
 class Stream:
-    """A streamed chat completion, read as far as a test wants. Leaving or `close` is what a client does that goes."""
+    """A streamed chat completion, read as far as a test wants. Leaving or `close` is what a client does that goes.
+
+    `arrivals` are the monotonic times at which tokens came, one for those that came in one event.
+    """
 
     def __init__(self, events: Iterator[tuple[str, Any]]) -> None:
+        self.arrivals: list[float] = []
         self._events = cast("Generator[tuple[str, Any]]", events)
         self._texts: list[str] = []
         self._tokens: list[str] = []
@@ -57,22 +62,33 @@ class Stream:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def tokens_read(self) -> int:
+        """How many tokens have come so far."""
+        return len(self._tokens)
+
     def read(self, tokens: int) -> None:
         """Read until so many tokens have come; raises StreamError, and AssertionError when the answer is shorter."""
         while len(self._tokens) < tokens:
-            assert self._next(), f"the stream ended after {len(self._tokens)} tokens"
+            assert self.read_event(), f"the stream ended after {len(self._tokens)} tokens"
 
     def finish(self) -> Answer:
         """Read to the end. Raises StreamError for an error event and TimeoutError when nothing comes for too long."""
-        while self._next():
+        while self.read_event():
             pass
+        return self.answer
+
+    @property
+    def answer(self) -> Answer:
+        """What has come so far."""
         return Answer("".join(self._texts), tuple(self._tokens), self._finish_reason, self._completion_tokens)
 
     def close(self) -> None:
         """Go away in the middle."""
         self._events.close()
 
-    def _next(self) -> bool:
+    def read_event(self) -> bool:
+        """Read the next event; False for the end. Raises as `finish` does."""
         ended: Any = ("end", None)
         event, chunk = next(self._events, ended)
         assert event != "end", "the stream broke off without [DONE]"
@@ -84,6 +100,8 @@ class Stream:
             self._completion_tokens = chunk["usage"]["completion_tokens"]
         for choice in chunk["choices"]:
             self._texts.append(choice["delta"].get("content") or "")
-            self._tokens += [token["token"] for token in (choice["logprobs"] or {}).get("content", ())]
+            came = [token["token"] for token in (choice["logprobs"] or {}).get("content", ())]
+            self._tokens += came
+            self.arrivals += [time.monotonic()] * bool(came)
             self._finish_reason = choice["finish_reason"] or self._finish_reason
         return True

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Self, TypeVar
 
 T = TypeVar("T")
 
@@ -59,7 +59,7 @@ class Lan:
         self.bridge = f"swb{self.tag}"
         self.names = [f"sw{self.tag}n{index}" for index in range(count)]
 
-    def __enter__(self) -> Lan:
+    def __enter__(self) -> Self:
         try:
             ip("link", "add", self.bridge, "type", "bridge", "mcast_snooping", "0")
             ip("link", "set", self.bridge, "up")
@@ -71,9 +71,14 @@ class Lan:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for name in self.names:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
-        subprocess.run(["ip", "link", "del", self.bridge], capture_output=True, check=False)
+        # A namespace's own end of its line would go only some time after it.
+        lines = [["ip", "link", "del", self._outer(index)] for index in range(len(self.names))]
+        for command in [
+            *lines,
+            *(["ip", "netns", "del", name] for name in self.names),
+            ["ip", "link", "del", self.bridge],
+        ]:
+            subprocess.run(command, capture_output=True, check=False)
 
     def address(self, index: int) -> str:
         """The IPv4 address of a namespace."""
@@ -92,8 +97,11 @@ class Lan:
         for name in self.names:
             subprocess.run(["ip", "netns", "exec", name, "nft", "-f", "-"], input=_NO_MULTICAST, text=True, check=True)
 
+    def _outer(self, index: int) -> str:
+        return f"sw{self.tag}v{index}"
+
     def _add(self, index: int, name: str) -> None:
-        outer = f"sw{self.tag}v{index}"
+        outer = self._outer(index)
         ip("netns", "add", name)
         ip("link", "add", outer, "type", "veth", "peer", "name", "eth0", "netns", name)
         ip("link", "set", outer, "master", self.bridge)

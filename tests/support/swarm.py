@@ -28,6 +28,14 @@ from swarmd.node.models.store import ModelStore
 START_SECONDS = 60.0
 
 
+class Refusal(AssertionError):
+    """A request was answered with an error status: that, its headers and its JSON body."""
+
+    def __init__(self, request: str, status: int, headers: dict[str, str], body: Any) -> None:
+        super().__init__(f"{request}: {status} {body!r}")
+        self.status, self.headers, self.body = status, headers, body
+
+
 class _Connection(http.client.HTTPConnection):
     """HTTP from within a namespace."""
 
@@ -90,6 +98,11 @@ class Node:
             if not self._said.wait_for(lambda: self._url or self._ended, START_SECONDS) or not self._url:
                 raise AssertionError(f"the node did not come up:\n{self.log}")
         return self._url
+
+    @property
+    def running(self) -> bool:
+        """Whether the daemon has not ended."""
+        return self.process.poll() is None
 
     @property
     def log(self) -> str:
@@ -177,12 +190,13 @@ class Node:
     ) -> Iterator[tuple[str, Any]]:
         """Server-sent events as (event, data), until `[DONE]` or the end; `timeout` is for each read.
 
-        Closing the iterator closes the connection.
+        Closing the iterator closes the connection. Raises Refusal for an error status.
         """
         event = ""
         with self.request(method, path, body, timeout) as response:
             if response.status != 200:
-                raise AssertionError(f"{method} {path}: {response.status} {response.read()!r}")
+                refused, headers = json.loads(response.read()), dict(response.getheaders())
+                raise Refusal(f"{method} {path}", response.status, headers, refused)
             for raw in response:
                 line = raw.decode().rstrip("\n")
                 if line.startswith("event: "):
