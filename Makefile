@@ -16,7 +16,7 @@ ASAN := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-p
 CROSS := aarch64-linux-gnu-g++
 EMULATOR := qemu-aarch64-static
 
-.PHONY: run test lint format links native asan tsan neon bench lab models clean help
+.PHONY: run test lint format links native asan tsan neon bench lab fuzz models clean help
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -63,6 +63,9 @@ bench: $(VENV)/.dev-installed $(VENV)/.native ## measurements, one table each
 
 lab: $(VENV)/.dev-installed $(VENV)/.native ## the bars, or ARGS="SCENARIO ... --llama-cpp FOLDER" (bench/METHOD.md)
 	$(BIN)/python bench/lab.py $(ARGS)
+
+fuzz: $(VENV)/.dev-installed $(VENV)/.native ## damaged input for every parser, one process (ARGS="--inputs N --seconds S --seed N --target NAME")
+	PYTHONPATH=tests nice -n 10 $(BIN)/python -m fuzz $(ARGS)
 
 models: $(VENV)/.dev-installed $(VENV)/.native ## docs/models.md: what works, from tests that it runs (ARGS=FILE: from their JUnit file)
 	$(BIN)/python bench/model_tables.py $(ARGS)

@@ -12,6 +12,7 @@ from aiohttp import web
 
 from swarmd.node.api import openai, pages, swarm
 from swarmd.node.api.errors import ApiError
+from swarmd.node.api.malformed import http_log
 from swarmd.node.api.security import add_headers, guard
 from swarmd.node.api.view import NODE, NodeView
 from swarmd.node.config import ConfigError
@@ -46,6 +47,7 @@ class HttpServer:
         self._runner = web.AppRunner(
             app,
             access_log=None,
+            logger=http_log,
             handler_cancellation=True,
             shutdown_timeout=SHUTDOWN_SECONDS,
             keepalive_timeout=IDLE_SECONDS,
@@ -109,6 +111,8 @@ async def _errors(
         return error.response()
     except web.HTTPRequestEntityTooLarge:
         return ApiError(413, f"the body is larger than {MAX_BODY_BYTES >> 20} MiB", code="too_large").response()
+    except web.RequestPayloadError:
+        return ApiError(400, "the body is not what its headers say", code="invalid_body").response()
     except web.HTTPMethodNotAllowed as error:
         allowed = ", ".join(sorted(error.allowed_methods))
         refusal = ApiError(405, f"{request.path[:200]} answers {allowed}", code="method_not_allowed").response()

@@ -30,6 +30,10 @@ CHATML = (
 _TAGS = frozenset({"role", "type"})
 _OUTPUT_FACTOR = 8
 _OUTPUT_FLOOR = 1 << 20
+MAX_TEMPLATE = 1 << 17
+"""Characters that a template may have; gpt-oss' has 17,000."""
+MAX_CONTROL_PARTS = 1 << 23
+"""Characters that the beginnings of all control tokens may have together; the models in use have less than 2^19."""
 
 
 class ChatTemplate:
@@ -127,9 +131,15 @@ class ChatTemplate:
             raise TemplateError(f"the model's chat template can't handle this conversation ({what})") from exc
 
     def _compile(self, source: str) -> jinja2.Template:
+        if len(source) > MAX_TEMPLATE:
+            raise ModelFileError(
+                f"the model file's chat template has {len(source)} characters; at most {MAX_TEMPLATE} are supported; "
+                "use another copy of the model"
+            )
         try:
             return self._sandbox.compile_counted(source)
-        except (jinja2.TemplateError, RecursionError) as exc:
+        # A template becomes a Python program, which can be one that Python itself refuses.
+        except (jinja2.TemplateError, RecursionError, SyntaxError, ValueError, MemoryError) as exc:
             raise ModelFileError(
                 f"the model file's chat template is not valid ({exc}); use another copy of the model"
             ) from exc
@@ -140,6 +150,10 @@ class _Guard:
 
     def __init__(self, control_texts: Iterable[str]) -> None:
         self._texts = sorted(t for t in control_texts if len(t) > 1)
+        if sum(len(t) ** 2 for t in self._texts) > 2 * MAX_CONTROL_PARTS:
+            raise ModelFileError(
+                "the model file's control tokens are too long or too many; use another copy of the model"
+            )
         self._starts = {t[:n] for t in self._texts for n in range(1, len(t))}
         self._ends = {t[n:] for t in self._texts for n in range(1, len(t))}
         self._longest = max(map(len, self._texts), default=0)

@@ -70,7 +70,7 @@ def _pre_tokenizer(metadata: Mapping[str, Any]) -> PreTokenizerSpec:
     if name is None:
         log.warning("the model file names no pre-tokenizer, using 'default'; its answers may suffer")
         name = "default"
-    if name not in PRE_TOKENIZERS:
+    if not isinstance(name, str) or name not in PRE_TOKENIZERS:
         known = ", ".join(sorted(PRE_TOKENIZERS))
         raise ModelFileError(
             f"pre-tokenizer {name!r:.60} is not known to swarmd (known: {known}); choose another model"

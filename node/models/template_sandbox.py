@@ -34,6 +34,9 @@ from swarmd.node.models.template_limits import (
 
 MAX_STEPS = 200_000
 """Turns of loops plus calls that one rendering may take."""
+MAX_NODES = 4096
+"""Parts of a template's syntax tree. Those of templates in use are one for ten characters; jinja2 takes about 10 KB and
+a tenth of a millisecond to compile one."""
 # Not an identifier, so no template can name, replace or refill it.
 _BUDGET = "swarmd budget"
 # Filters that chat templates do not need and that build much from a number.
@@ -107,8 +110,11 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         self.globals.pop("lipsum", None)
 
     def compile_counted(self, source: str) -> Template:
-        """Compile with every loop, output and concatenation paid for. Raises jinja2.TemplateSyntaxError."""
+        """Compile with every loop, output and concatenation paid for. Raises jinja2.TemplateSyntaxError, also for more
+        than MAX_NODES, and what Python's compiler raises."""
         tree = self.parse(source)
+        if sum(1 for _ in tree.find_all(nodes.Node)) > MAX_NODES:
+            raise TemplateSyntaxError(f"it has more than {MAX_NODES} parts", 1)
         for loop in list(tree.find_all(nodes.For)):
             if loop.recursive:
                 raise TemplateSyntaxError("recursive loops are not supported", loop.lineno)

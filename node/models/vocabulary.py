@@ -167,7 +167,7 @@ def _token_id(metadata: Mapping[str, Any], key: str, count: int) -> int | None:
         return None
     try:
         token_id = int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ModelFileError(f"{key} should be a token id, it is {value!r:.40}") from None
     if not 0 <= token_id < count:
         raise ModelFileError(f"{key} is {token_id}, but the vocabulary has {count} tokens; the file is damaged")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support.tiny_tokenizers import byte_level_metadata
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from swarmd.node.models.chat_template import CHATML, ChatTemplate
+from swarmd.node.models.chat_template import CHATML, MAX_TEMPLATE, ChatTemplate
 from swarmd.node.models.errors import ModelFileError
 from swarmd.node.models.template_limits import TemplateError
 from swarmd.node.models.tokenizer import GUARD, Tokenizer
@@ -242,3 +242,22 @@ def test_a_long_conversation_fits() -> None:
     """The bounds leave room for what people really send."""
     messages = [{"role": "user", "content": "word " * 2000}] * 200
     assert len(ChatTemplate(CHATML).render(messages)) > 2_000_000
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("{# " + "x" * MAX_TEMPLATE + " #}", "131078 characters"),
+        ("{{ x }}" * 5000, "more than 4096 parts"),
+        ("{{ " + "a+" * 190 + "a }}", "not valid"),
+        ("{{ " + "9" * 5000 + " }}", "not valid"),
+    ],
+)
+def test_templates_that_python_or_our_memory_could_not_bear_are_refused(source: str, says: str):
+    with pytest.raises(ModelFileError, match=says):
+        ChatTemplate(source)
+
+
+def test_control_tokens_that_would_fill_the_memory_are_refused():
+    with pytest.raises(ModelFileError, match="too long or too many"):
+        ChatTemplate("{{ messages }}", control_texts=["x" * 5000])

@@ -64,7 +64,9 @@ async def test_a_parameter_at_fault_is_named(path: str, body: dict[str, object],
 
 async def test_a_body_that_is_too_large():
     async with serving(FakeNode()) as url:
-        status, answer, _ = await call(url, "POST", "/v1/chat/completions", data=b" " * (MAX_BODY_BYTES + 1), headers=JSON)
+        status, answer, _ = await call(
+            url, "POST", "/v1/chat/completions", data=b" " * (MAX_BODY_BYTES + 1), headers=JSON
+        )
     assert (status, answer["error"]["code"]) == (413, "too_large")
     assert "16 MiB" in answer["error"]["message"]
 
@@ -178,3 +180,23 @@ async def test_an_address_of_another_machine_is_named_with_its_option():
     with pytest.raises(ConfigError, match=r"192\.0\.2\.1:7475 cannot be used .*--listen"):
         await server.start(("192.0.2.1", 7475))
     await server.close()
+
+
+async def test_bytes_that_are_no_http_leave_one_line_in_the_log(caplog: pytest.LogCaptureFixture):
+    async with serving(FakeNode()) as url:
+        for _ in range(5):
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+            writer.write(b"GET /health HTTP/9\r\n\r\n")
+            assert (await reader.read()).startswith(b"HTTP/1.0 400 ")
+            writer.close()
+    lines = [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+    assert [line.getMessage().partition(" (")[0] for line in lines] == ["a client sent what is not HTTP"]
+    assert lines[0].exc_info is None
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+async def test_a_body_that_is_not_compressed_as_it_says(encoding: str):
+    headers = {"Content-Encoding": encoding, "Content-Type": "application/json"}
+    async with serving(FakeNode()) as url:
+        status, answer, _ = await call(url, "POST", "/v1/chat/completions", data=b"{}", headers=headers)
+    assert (status, answer["error"]["code"]) == (400, "invalid_body")
