@@ -249,7 +249,7 @@ def test_a_long_conversation_fits() -> None:
     [
         ("{# " + "x" * MAX_TEMPLATE + " #}", "131078 characters"),
         ("{{ x }}" * 5000, "more than 4096 parts"),
-        ("{{ " + "a+" * 190 + "a }}", "not valid"),
+        ("{{ " + "a+" * 210 + "a }}", "not valid"),
         ("{{ " + "9" * 5000 + " }}", "not valid"),
     ],
 )
