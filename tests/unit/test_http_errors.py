@@ -194,9 +194,8 @@ async def test_bytes_that_are_no_http_leave_one_line_in_the_log(caplog: pytest.L
     assert lines[0].exc_info is None
 
 
-@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
-async def test_a_body_that_is_not_compressed_as_it_says(encoding: str):
-    headers = {"Content-Encoding": encoding, "Content-Type": "application/json"}
+async def test_a_body_that_is_not_compressed_as_it_says():
+    headers = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
     async with serving(FakeNode()) as url:
         status, answer, _ = await call(url, "POST", "/v1/chat/completions", data=b"{}", headers=headers)
     assert (status, answer["error"]["code"]) == (400, "invalid_body")
