@@ -31,8 +31,8 @@ from swarmd.node.hardware import Hardware
 from swarmd.node.models.catalog import ModelNameError
 from swarmd.node.models.draft import bring_draft
 from swarmd.node.models.errors import ModelFileError
-from swarmd.node.models.front import ModelFront
 from swarmd.node.models.store import ModelStore
+from swarmd.node.models.text_process import ModelText
 from swarmd.node.models.wheel_source import ModelSourceError
 from swarmd.node.options import DEFAULT_LINK_PORT
 from swarmd.node.progress_board import ProgressBoard
@@ -64,7 +64,7 @@ class Daemon:
         self.link_port = 0
         self._data_dir = data_dir
         self._credentials = credentials
-        self._fronts: dict[str, ModelFront] = {}
+        self._fronts: dict[str, ModelText] = {}
         self._stored: tuple[ModelSummary, ...] = ()
         self._leaving = False
         self._mdns: MdnsDiscovery | None = None
@@ -180,6 +180,7 @@ class Daemon:
         if self._mdns is not None:
             await self._mdns.close()
         await self.host.close()
+        await asyncio.gather(*(front.close() for front in self._fronts.values()))
         await self.mesh.close()
         await self.endpoint.close()
 
@@ -276,12 +277,12 @@ class Daemon:
         elif isinstance(report, StageProgress | StageLost) and not self._leaving:
             self.instances.on_report(self.node_id, report)
 
-    async def _front(self, record: InstanceRecord) -> ModelFront:
+    async def _front(self, record: InstanceRecord) -> ModelText:
         front = self._fronts.get(record.model.sha256)
         if front is None:
             manifest = await self.exchange.manifest(record.model)
             path = await self.exchange.header(manifest, self.progress.report)
-            front = self._fronts[record.model.sha256] = await asyncio.to_thread(ModelFront.load, path)
+            front = self._fronts[record.model.sha256] = await ModelText.open(path)
         return front
 
     def _run(self, work: Coroutine[object, object, None]) -> None:

@@ -1,4 +1,4 @@
-"""What an entry node needs of a model: its tokenizer, chat template and limits, from a file's header or a folder."""
+"""What an entry node needs of a model: its tokenizer and chat template, from a file's header or a folder."""
 
 from __future__ import annotations
 
@@ -29,9 +29,12 @@ class ModelFront:
             tokenizer = Tokenizer.from_gguf(file.metadata)
             return cls(tokenizer, ChatTemplate.from_gguf(file.metadata, tokenizer))
 
-    def encode_chat(self, messages: Sequence[Mapping[str, object]]) -> list[int]:
-        """Token ids of a conversation, ready for the assistant's answer. Raises TemplateError (a ValueError)."""
-        prompt = self.template.render(list(messages), add_generation_prompt=True)
+    def render(self, messages: Sequence[Mapping[str, object]]) -> str:
+        """A conversation as a prompt, ready for the assistant's answer. Raises TemplateError (a ValueError)."""
+        return self.template.render(list(messages), add_generation_prompt=True)
+
+    def encode_rendered(self, prompt: str) -> list[int]:
+        """Token ids of what `render` gave."""
         return self.tokenizer.encode(prompt, add_special=False, parse_special=True)
 
     def encode_text(self, text: str) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -15,7 +14,7 @@ from swarmd.discovery.records import InstanceRecord, InstanceState
 from swarmd.node.cluster.signal import Signal
 from swarmd.node.models.catalog import ModelNameError, is_path
 from swarmd.node.models.errors import ModelFileError
-from swarmd.node.models.front import ModelFront
+from swarmd.node.models.text_process import ModelText, TextTooLongError, TooBusyError
 from swarmd.node.serving.generation import Ending, GenerationError, GenerationRequest, Piece
 from swarmd.node.serving.messages import Finished, Generate, Token
 from swarmd.node.serving.text_stream import TextStream
@@ -30,7 +29,7 @@ _LOST_CODES = frozenset({"stage_lost", "stale_epoch", "not_driver", "unreachable
 
 FindInstance = Callable[[str], InstanceRecord | None]
 DriverLink = Callable[[InstanceRecord], Awaitable[Link]]
-LoadFront = Callable[[InstanceRecord], Awaitable[ModelFront]]
+LoadFront = Callable[[InstanceRecord], Awaitable[ModelText]]
 Launch = Callable[[str], Awaitable[object]]
 
 
@@ -40,7 +39,7 @@ class Prepared:
 
     request: GenerationRequest
     record: InstanceRecord
-    front: ModelFront
+    front: ModelText
     prompt: list[int]
     max_tokens: int
 
@@ -74,7 +73,11 @@ class Gateway:
         record = await self._ready(request.model, 0, READY_SECONDS)
         try:
             front = await self._load_front(record)
-            prompt = await asyncio.to_thread(_encode, front, request)
+            prompt = await _encode(front, request, record.model.context)
+        except TextTooLongError as error:
+            raise _too_long(request, record, f"at least {error.count}") from error
+        except TooBusyError as error:
+            raise GenerationError("overloaded", str(error), retry_after=2) from error
         except ModelFileError as error:
             raise GenerationError("model_loading", str(error), retry_after=5) from error
         except ValueError as error:
@@ -89,12 +92,7 @@ class Gateway:
         if not prompt:
             raise GenerationError("invalid_request", "the prompt is empty", param="prompt")
         if room <= 0:
-            raise GenerationError(
-                "context_length_exceeded",
-                f"the prompt is {len(prompt)} tokens long and the context of {record.model.name} here is "
-                f"{record.model.context} tokens; shorten it, or start the swarm with a larger --context",
-                param="messages" if request.messages is not None else "prompt",
-            )
+            raise _too_long(request, record, str(len(prompt)))
         max_tokens = room if request.max_tokens is None else min(request.max_tokens, room)
         return Prepared(request, record, front, prompt, max_tokens)
 
@@ -210,11 +208,20 @@ def _lost_or_raise(error: LinkClosed | RemoteError) -> str:
     raise GenerationError("engine_error", error.message) from error
 
 
-def _encode(front: ModelFront, request: GenerationRequest) -> list[int]:
+def _too_long(request: GenerationRequest, record: InstanceRecord, tokens: str) -> GenerationError:
+    return GenerationError(
+        "context_length_exceeded",
+        f"the prompt is {tokens} tokens long and the context of {record.model.name} here is "
+        f"{record.model.context} tokens; shorten it, or start the swarm with a larger --context",
+        param="messages" if request.messages is not None else "prompt",
+    )
+
+
+async def _encode(front: ModelText, request: GenerationRequest, limit: int) -> list[int]:
     if request.messages is not None:
-        return front.encode_chat(request.messages)
+        return await front.encode_chat(request.messages, limit)
     if isinstance(request.prompt, str):
-        return front.encode_text(request.prompt)
+        return await front.encode_text(request.prompt, limit)
     tokens = list(request.prompt or ())
     if any(not 0 <= token < front.tokenizer.vocab_size for token in tokens):
         raise ValueError(f"token ids must be between 0 and {front.tokenizer.vocab_size - 1}")

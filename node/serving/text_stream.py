@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from swarmd.node.models.stop_strings import StopMatcher
-from swarmd.node.models.tokenizer import Tokenizer
+from swarmd.node.models.token_texts import TokenTexts
 from swarmd.node.serving.generation import Piece, PieceToken
 from swarmd.node.serving.messages import Token
 
@@ -16,7 +16,7 @@ class TextStream:
     `continues` says that the tokens go on with a text in mid-sentence, so that a space at their beginning counts.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], *, continues: bool = False) -> None:
+    def __init__(self, tokenizer: TokenTexts, stop: Sequence[str], *, continues: bool = False) -> None:
         self.tokens: list[int] = []
         self.stopped = False
         self._tokenizer = tokenizer

@@ -10,8 +10,8 @@ from typing import Any, cast
 from swarmd.discovery.records import InstanceRecord, InstanceState, ModelSummary
 from swarmd.node.api.server import HttpServer, make_app
 from swarmd.node.cluster.signal import Signal
-from swarmd.node.models.front import ModelFront
 from swarmd.node.models.progress import Progress
+from swarmd.node.models.text_process import ModelText
 from swarmd.node.serving.gateway import Prepared
 from swarmd.node.serving.generation import Ending, GenerationError, GenerationRequest, Piece, PieceToken
 
@@ -47,7 +47,7 @@ class FakeNode:
         if self.refusal is not None:
             raise self.refusal
         record = InstanceRecord("i", ModelSummary(MODEL, "0" * 64, 1, 4096, "llama"), InstanceState.READY, 1)
-        return Prepared(request, record, cast(ModelFront, None), [1], 16)
+        return Prepared(request, record, cast(ModelText, None), [1], 16)
 
     async def observe(self, prepared: Prepared) -> AsyncGenerator[Piece | Ending]:
         try:
