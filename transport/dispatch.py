@@ -41,7 +41,7 @@ class Dispatch:
             Flow.ERROR: self._on_error,
             Flow.STREAM: self._on_stream,
             Flow.STREAM_ITEM: self._on_item,
-            Flow.STREAM_END: lambda frame: asked.end(frame.envelope.id),
+            Flow.STREAM_END: self._on_end,
             Flow.CANCEL: lambda frame: answering.cancel(frame.envelope.id),
             Flow.CREDIT: self._on_credit,
             Flow.GOODBYE: lambda frame: on_goodbye(decode_body(frame.envelope.body, str)),
@@ -81,14 +81,23 @@ class Dispatch:
         self._answering.stream(frame.envelope.id, len(payload), lambda: answer(link, message, payload))
 
     def _on_reply(self, frame: Frame) -> None:
-        self._asked.reply(frame.envelope.id, self._vocabulary.decode(frame.envelope.body), frame.payload)
+        message = self._vocabulary.decode(frame.envelope.body)
+        self._asked.check(frame.envelope.id)
+        self._asked.reply(frame.envelope.id, message, frame.payload)
 
     def _on_error(self, frame: Frame) -> None:
         body = decode_body(frame.envelope.body, ErrorBody)
+        self._asked.check(frame.envelope.id)
         self._asked.error(frame.envelope.id, RemoteError(body.code, body.message))
 
     def _on_item(self, frame: Frame) -> None:
-        self._asked.item(frame.envelope.id, self._vocabulary.decode(frame.envelope.body))
+        item = self._vocabulary.decode(frame.envelope.body)
+        self._asked.check(frame.envelope.id)
+        self._asked.item(frame.envelope.id, item)
+
+    def _on_end(self, frame: Frame) -> None:
+        self._asked.check(frame.envelope.id)
+        self._asked.end(frame.envelope.id)
 
     def _on_credit(self, frame: Frame) -> None:
         self._answering.grant(frame.envelope.id, decode_body(frame.envelope.body, int))

@@ -25,7 +25,7 @@ Reply = tuple[Struct, bytearray]
 class Asked:
     """Requests and streams that this side opened, by id.
 
-    Answers to ids no longer known are late, not wrong.
+    Answers to ids no longer known are late, not wrong; answers to ids that were never used are.
     """
 
     def __init__(self) -> None:
@@ -51,6 +51,11 @@ class Asked:
         request = self._requests.pop(exchange_id, None)
         stream = self._streams.pop(exchange_id, None)
         return request is not None or stream is not None
+
+    def check(self, exchange_id: int) -> None:
+        """An answer came; `FrameError` if this side has never asked under that id."""
+        if not 0 < exchange_id <= self._last_id:
+            raise FrameError("it answers what was never asked")
 
     def reply(self, exchange_id: int, message: Struct, payload: bytearray) -> None:
         """A REPLY came."""
@@ -105,6 +110,7 @@ class Answering:
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._windows: dict[int, SendWindow] = {}
         self._bytes = 0
+        self._last_id = 0
 
     def request(self, exchange_id: int, size: int, answer: Callable[[], Awaitable[Answer]]) -> None:
         """Answer a request of `size` payload bytes with what `answer` returns."""
@@ -154,8 +160,9 @@ class Answering:
                 task.cancel()
 
     def _start(self, exchange_id: int, size: int, work: Callable[[], Coroutine[Any, Any, None]]) -> bool:
-        if exchange_id in self._tasks:
-            raise FrameError("a request uses an id that is still being answered")
+        if exchange_id <= self._last_id:
+            raise FrameError("a request uses an id for the second time")
+        self._last_id = exchange_id
         if len(self._tasks) >= MAX_ANSWERING or self._bytes + size > MAX_ANSWERING_BYTES:
             self._refuse(exchange_id, RemoteError("busy", "too many requests at once on this link; try again"))
             return False

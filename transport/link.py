@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import ssl
 from collections.abc import Callable
 
 import msgspec
@@ -251,6 +252,12 @@ class Link:
         self._abandon(reason)
         self._sock.close()
 
+    def _lose(self, reason: str, *, suspicious: bool) -> None:
+        """The other side's bytes have come to an end that it did not announce."""
+        if suspicious and not self.closed:
+            self._on_breach(self, FrameError(reason))
+        self._break(reason)
+
     async def _run(self, ready: asyncio.Future[None]) -> None:
         try:
             await self._handler.on_link(self)
@@ -291,7 +298,10 @@ class Link:
         try:
             await self._receiver.run()
             middle = "in the middle of a frame" if self._decoder.in_frame else "without a goodbye"
-            self._break(f"the other side closed the connection {middle}")
+            self._lose(f"the other side closed the connection {middle}", suspicious=self._decoder.in_frame)
+        except ssl.SSLError as error:
+            reason = (error.reason or "no reason").lower().replace("_", " ")
+            self._lose(f"its bytes were changed on the way ({reason})", suspicious=True)
         except FrameError as error:
             self._on_breach(self, error)
             self._post(Flow.GOODBYE, 0, encode_body(one_line(str(error))))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 
+from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 LOG_SECONDS = 10.0
@@ -24,13 +25,13 @@ class _Briefly(logging.Filter):
         error = record.exc_info[1] if record.exc_info else None
         if isinstance(error, ConnectionError):
             return False
-        if not isinstance(error, HttpProcessingError):
+        if not isinstance(error, HttpProcessingError | web.RequestPayloadError):
             return True
         now = time.monotonic()
         if now - self._logged < LOG_SECONDS:
             self._held_back += 1
             return False
-        what = " ".join(error.message.split())[:120]
+        what = " ".join(str(error).split())[:120]
         more = f"; {self._held_back} more like it were not logged" if self._held_back else ""
         record.msg, record.args = (
             "a client sent what is not HTTP (%s)%s",

@@ -232,7 +232,8 @@ class Instances:
     async def _wire_stage(self, instance_id: str, epoch: int, index: int, stages: tuple[StageRecord, ...]) -> None:
         stage, following = stages[index], stages[(index + 1) % len(stages)]
         dtype = link_dtype(self._wire_dtype, self._link_end(stage), self._link_end(following))
-        order = WireStage(instance_id, epoch, index, len(stages), following.node, following.addresses, dtype)
+        previous = stages[index - 1].node
+        order = WireStage(instance_id, epoch, index, len(stages), following.node, following.addresses, dtype, previous)
         if await self._order_stage(instance_id, epoch, stage.node, order, WIRE_SECONDS) is not None:
             self._feed(instance_id, lambda owned: owned.on_wired(epoch, index))
 

@@ -112,7 +112,9 @@ class StageProgress(Struct, frozen=True, tag="stage.progress"):
 
 
 class WireStage(Struct, frozen=True, tag="stage.wire"):
-    """Owner to member: connect your stage `index` to the next one of the ring; send it activations in `wire_dtype`."""
+    """Owner to member: connect your stage `index` to the next one of the ring; send it activations in `wire_dtype`, and
+    take them from `previous_node` only.
+    """
 
     instance: ShortText
     epoch: Count
@@ -121,6 +123,7 @@ class WireStage(Struct, frozen=True, tag="stage.wire"):
     next_node: NodeId
     next_addresses: Addresses
     wire_dtype: WireDtype
+    previous_node: NodeId | None = None
 
 
 class StageWired(Struct, frozen=True, tag="stage.wired"):

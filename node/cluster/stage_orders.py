@@ -176,7 +176,7 @@ class StageOrders:
     async def _wire(self, order: WireStage) -> StageWired:
         assert self.host is not None
         addresses = self._reachable_first(order.next_node, order.next_addresses)
-        wiring = Connect(order.n_stages, order.next_node, addresses, order.wire_dtype)
+        wiring = Connect(order.n_stages, order.next_node, addresses, order.wire_dtype, order.previous_node or "")
         await self.host.connect(order.instance, order.epoch, order.index, wiring)
         return StageWired()
 

@@ -106,6 +106,10 @@ class Driver:
         now = self._clock()
         return now - oldest.at if self._patience.overdue(now, oldest.at, tokens) else 0.0
 
+    def awaits(self, step: int) -> bool:
+        """Whether a step is under way."""
+        return step in self._sent
+
     async def run(self) -> None:
         """Plan and send steps for as long as the pipeline lives; returns after `fail`."""
         while self._failure is None:

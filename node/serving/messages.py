@@ -70,13 +70,14 @@ class EngineProgress(Struct, frozen=True, tag="engine.progress"):
 class Connect(Struct, frozen=True, tag="engine.connect"):
     """Daemon to its own stage process: the next stage of the ring, and how many there are; `next_node` must answer.
 
-    Hidden states go to it in `wire_dtype`.
+    Hidden states go to it in `wire_dtype`. From the stage before, which is on `previous_node` ("": not said), it comes.
     """
 
     n_stages: int
     next_node: str
     next_addresses: tuple[Address, ...]
     wire_dtype: WireDtype = "f32"
+    previous_node: str = ""
 
 
 class Connected(Struct, frozen=True, tag="engine.connected"):

@@ -33,6 +33,7 @@ from swarmd.node.serving.speculation import Speculation
 from swarmd.node.serving.steps import Limits, PlannedStep
 from swarmd.transport.endpoint import Endpoint, LinkRefused
 from swarmd.transport.link import Link, LinkClosed, RemoteError
+from swarmd.transport.log_limit import LogLimit
 
 if TYPE_CHECKING:
     from swarmd.node.engine.stage_engine import StageEngine
@@ -46,6 +47,8 @@ RING_SILENCE_SECONDS = 2.0
 # Compilers may hold the interpreter's lock for long.
 UNSETTLED_SILENCE_SECONDS = 60.0
 HUNG_TICKS = 8
+# Of those who join before the owner's order tells who is to.
+MAX_EARLY = 8
 
 
 @dataclass
@@ -82,7 +85,12 @@ class StageEpoch:
         self.job = job
         self._parts = parts
         self._ring: RingStage | None = None
+        self._order: Connect | None = None
         self._links: list[Link] = []
+        self._early: list[Link] = []
+        self._previous: Link | None = None
+        self._last_step = -1
+        self._limit = LogLimit()
         self._received: dict[Link, int] = {}
         self._silence: Silence[Link] = Silence(TICK_SECONDS)
         self._tasks: list[asyncio.Task[None]] = []
@@ -93,6 +101,8 @@ class StageEpoch:
     async def connect(self, order: Connect) -> None:
         """Join the ring: dial the next stage, and begin to drive on the first one. Raises RemoteError."""
         job, parts = self.job, self._parts
+        self._order = order
+        self._admit_early(order)
         if parts.profile is None:
             try:
                 parts.profile = profile_of(f"stage {job.start}-{job.end - 1}", os.environ.get("SWARMD_PROFILE", ""))
@@ -112,24 +122,56 @@ class StageEpoch:
     def take_previous(self, link: Link, message: JoinRing) -> None:
         """The stage before this one has dialled. Raises RemoteError when it belongs to another epoch."""
         if self._over or (message.instance, message.epoch) != (self.job.instance, self.job.epoch):
+            self._refuse(link, f"wants to join epoch {message.epoch} of {message.instance}, not {self.job.epoch}")
             raise RemoteError("stale_epoch", "this stage belongs to another epoch")
-        self._add(link)
+        self._early = [early for early in self._early if early is not link and not early.closed]
+        if self._order is None and len(self._early) < MAX_EARLY:
+            self._early.append(link)
+        elif self._order is not None and self._previous is None and _is_expected(link, self._order):
+            self._previous = link
+            self._add(link)
+        else:
+            self._refuse(link, "wants to join the ring, where it has no place")
+            raise RemoteError("no_place", "the stage before this one is another")
 
     def on_message(self, link: Link, message: Struct, payload: bytearray) -> None:
-        """Steps and samples from the stage before this one, and signs of life; anything else is ignored."""
+        """Steps and samples from the stage before this one, and signs of life; anything else is refused."""
         if link not in self._links:
-            if not self._over:
-                log.warning("%s sent %s without being part of the ring", link.peer.name, type(message).__name__)
+            if not self._over and not (link in self._early and isinstance(message, RingBeat)):
+                self._refuse(link, f"sent {type(message).__name__} without being part of the ring")
         elif isinstance(message, RingBeat):
             self._silence.allow(link, RING_SILENCE_SECONDS if message.settled else UNSETTLED_SILENCE_SECONDS)
         elif self._ring is not None:
+            if (fault := self._fault(link, message, self._ring)) is not None:
+                self._refuse(link, f"sent {type(message).__name__} {fault}")
+                return
             match message:
                 case Step():
+                    self._last_step = message.step
                     self._ring.begin(message, payload)
                 case Sampled():
                     self._ring.on_sampled(message)
                 case StepFailed():
                     self._ring.on_failed(message)
+
+    def _fault(self, link: Link, message: Struct, ring: RingStage) -> str | None:
+        """Why the stage before this one can't have sent this, if it can't."""
+        if link is not self._previous or not isinstance(message, Step | Sampled | StepFailed):
+            return "out of place"
+        if message.epoch != self.job.epoch:
+            return f"of epoch {message.epoch}, not {self.job.epoch}"
+        if isinstance(message, Step):
+            if ring.driver is not None:
+                return "to the stage that drives"
+            return f"{message.step} after {self._last_step}" if message.step <= self._last_step else None
+        if ring.driver is None:
+            return "to a stage that does not drive" if isinstance(message, Sampled) else None
+        return None if ring.driver.awaits(message.step) else f"for step {message.step}, which is not under way"
+
+    def _refuse(self, link: Link, what: str) -> None:
+        """Say in the log what a link was refused: once in a while, whoever repeats it."""
+        if (held := self._limit.admit(link.peer_id, self._loop.time())) is not None:
+            log.warning("%s %s; refused%s", link.peer.name, what, f" (and {held} more from it)" if held else "")
 
     def generate(self, message: Generate) -> AsyncIterator[Struct]:
         """The stream of a request. Raises RemoteError when this is not the driver of its epoch."""
@@ -204,6 +246,18 @@ class StageEpoch:
         self._received[link] = link.received_bytes
         self._silence.watch(link, self._loop.time(), UNSETTLED_SILENCE_SECONDS)
 
+    def _admit_early(self, order: Connect) -> None:
+        """Of those who joined before it was known who is to, keep the one; the others are closed."""
+        early, self._early = self._early, []
+        expected = [link for link in early if not link.closed and _is_expected(link, order)]
+        for link in expected[-1:]:
+            self._previous = link
+            self._add(link)
+        for link in early:
+            if link is not self._previous and not link.closed:
+                self._refuse(link, "has joined the ring, where it has no place")
+                self._parts.spawn(link.close("the stage before this one is another"))
+
     async def _dial_next(self, order: Connect) -> Link:
         reason = "the next stage has no address"
         for address in order.next_addresses:
@@ -245,3 +299,8 @@ class StageEpoch:
 
     def _on_broken(self, error: BaseException) -> None:
         self._parts.spawn(self.break_ring(f"{type(error).__name__}: {error}", sound=False))
+
+
+def _is_expected(link: Link, order: Connect) -> bool:
+    """Whether a link may be that of the stage before this one, as the owner has it."""
+    return order.n_stages > 1 and order.previous_node in ("", link.peer_id)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 from contextlib import AsyncExitStack
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 from fuzz.engine import Target
 from fuzz.mutate import mutate
@@ -113,6 +114,8 @@ class HttpBodies(Target):
         assert wanted.messages is None or 1 <= len(wanted.messages) <= 4096
 
 
+_TURNS = 60
+"""Of the loop without any answer, after which none is to come."""
 _HEADERS = (
     "Host: 127.0.0.1",
     "Host: localhost:80",
@@ -175,6 +178,21 @@ def request(random: Random) -> bytes:
     return "\r\n".join([f"{method} {path} HTTP/{version}", *headers, "", ""]).encode("latin-1") + content
 
 
+class _Client(asyncio.Protocol):
+    def __init__(self) -> None:
+        self.answer = bytearray()
+        self.ended = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        self.answer += data
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.ended = True
+
+
 class HttpBytes(Target):
     """Raw bytes to the real server over loopback, on one connection that is then ended: whatever comes, the answers are
     HTTP, none says 500, nothing is logged as an error, and the next connection is served.
@@ -216,18 +234,20 @@ class HttpBytes(Target):
         assert answer.startswith(b"HTTP/"), answer[:80]
         status = answer.split(b" ", 2)[1][:3].decode("latin-1")
         assert status != "500", answer[:400]
-        return status
+        code = re.search(rb'"code":"?([a-z_]+)', answer)
+        return f"{status} {code[1].decode() if code else ''}"
 
     async def _talk(self, data: bytes) -> bytes:
-        reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
-        try:
-            writer.write(data)
-            writer.write_eof()
-            return await reader.read(1 << 20)
-        except ConnectionError:
-            return b""
-        finally:
-            writer.close()
+        """What is answered until the server is at rest: it runs on this same loop, and waits for nothing but us."""
+        _, client = await self._loop.create_connection(_Client, "127.0.0.1", self._port)
+        client.transport.write(data)
+        turns = seen = 0
+        while turns < _TURNS and not client.ended:
+            await asyncio.sleep(0)
+            turns = 0 if len(client.answer) > seen else turns + 1
+            seen = len(client.answer)
+        client.transport.abort()
+        return bytes(client.answer)
 
     def close(self) -> None:
         for handler in logging.getLogger().handlers:

@@ -558,7 +558,7 @@ def _use(front: ModelFront) -> str:
     assert all(0 <= number < front.tokenizer.vocab_size for number in ids)
     front.tokenizer.decode(ids)
     try:
-        front.encode_chat([{"role": "user", "content": _TEXT}])
+        front.encode_rendered(front.render([{"role": "user", "content": _TEXT}]))
     except ValueError:  # TemplateError is one
         return "a tokenizer, no template"
     return "a tokenizer"

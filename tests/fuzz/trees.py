@@ -74,7 +74,7 @@ def _other_leaf(random: Random, value: Any) -> Any:
 class Sampler:
     """Draws values that a type admits, by msgspec's description of it, as JSON or msgpack would carry them.
 
-    Texts with a pattern are lower-case hex digits of a node id or a SHA-256: the only patterns that messages have.
+    Texts with a pattern are so many lower-case hex digits: the only patterns that messages have.
     """
 
     def __init__(self) -> None:
@@ -106,14 +106,15 @@ class Sampler:
 
     def _text(self, random: Random, info: Any, depth: int) -> str:
         if info.pattern is not None:
-            return random.choice("0a") * 63 + random.choice("0123456789abcdef")
+            digits = int(info.pattern.removeprefix("^[0-9a-f]{").removesuffix("}$"))
+            return random.choice("0a") * (digits - 1) + random.choice("0123456789abcdef")
         text = random.choice(("x", "é😀", "cpu", "127.0.0.1", "fe80::1%eth0", *_TEXTS[:9])) * random.choice(
             (1, 1, 1, 40)
         )
         return (text or "x" * (info.min_length or 0))[: info.max_length]
 
     def _bytes(self, random: Random, info: Any, depth: int) -> bytes:
-        return random.randbytes(random.choice((0, 16, 64)))[: info.max_length]
+        return random.randbytes(max(random.choice((0, 16, 64)), info.min_length or 0))[: info.max_length]
 
     def _many(self, random: Random, info: Any, depth: int) -> list[Any]:
         most = 3 if info.max_length is None else min(info.max_length, 3)

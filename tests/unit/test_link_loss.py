@@ -132,7 +132,7 @@ async def test_a_request_given_up_while_the_link_is_stuck_does_not_cost_the_link
         (frame(Flow.REQUEST, 1, 7), "unknown or malformed"),
         (frame(Flow.HELLO, 0, None), "out of place"),
         (frame(Flow.ERROR, 1, "oops"), "malformed"),
-        (frame(Flow.REQUEST, 9, {"type": "note", "text": "hang"}) * 2, "still being answered"),
+        (frame(Flow.REQUEST, 9, {"type": "note", "text": "hang"}) * 2, "for the second time"),
         (
             frame(Flow.STREAM, 9, {"type": "count", "upto": 1 << 30}) + frame(Flow.CREDIT, 9, 1 << 40),
             "gives back more",
@@ -142,6 +142,7 @@ async def test_a_request_given_up_while_the_link_is_stuck_does_not_cost_the_link
 async def test_a_member_that_breaks_the_protocol_loses_the_link_and_nothing_else(data, says, caplog):
     async with two_nodes() as pair:
         near, far = await pair.dial()
+        near._asked._last_id = 9  # so that what comes back is an answer
         await write_raw(near, data)
         await far.wait_closed()
         assert says in far.close_reason
@@ -168,21 +169,29 @@ async def test_a_stream_beyond_its_window_is_a_breach():
                 await read_all(items)
 
 
-async def test_answers_to_nobody_are_late_and_not_wrong():
+NOTHING = {"type": "note"}
+ANSWERS = ((Flow.REPLY, NOTHING), (Flow.STREAM_ITEM, NOTHING), (Flow.STREAM_END, None), (Flow.ERROR, ["late", "late"]))
+
+
+async def test_answers_that_nobody_waits_for_any_more_are_late_and_not_wrong():
     async with two_nodes() as pair:
         near, far = await pair.dial()
-        note = {"type": "note"}
-        for flow, body in (
-            (Flow.REPLY, note),
-            (Flow.STREAM_ITEM, note),
-            (Flow.STREAM_END, None),
-            (Flow.ERROR, ["late", "too late"]),
-            (Flow.CANCEL, None),
-            (Flow.CREDIT, 5),
-        ):
-            await write_raw(near, frame(flow, 4711, body))
+        await far.request(Note("plain"))
+        for flow, body in (*ANSWERS, (Flow.CANCEL, None), (Flow.CREDIT, 5)):
+            await write_raw(near, frame(flow, 1, body))
         assert (await near.request(Note("plain")))[0] == Note("plain")
         assert not far.closed
+
+
+@pytest.mark.parametrize(("flow", "body"), ANSWERS)
+async def test_answers_to_what_was_never_asked_end_the_link(flow, body, caplog):
+    async with two_nodes() as pair:
+        near, far = await pair.dial()
+        await far.request(Note("plain"))
+        await write_raw(near, frame(flow, 2, body))
+        await far.wait_closed()
+        assert "never asked" in far.close_reason
+        assert sum("broke the protocol" in record.message for record in caplog.records) == 1
 
 
 async def test_a_peer_that_asks_and_never_reads_loses_the_link():
