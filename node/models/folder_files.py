@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ def read_bytes(path: Path, limit: int) -> bytes | None:
     can't be read."""
     try:
         with path.open("rb") as file:
-            data = file.read(limit + 1)
+            # Python sets aside as much as is asked for.
+            data = file.read(min(os.fstat(file.fileno()).st_size, limit) + 1)
     except FileNotFoundError:
         return None
     except OSError as exc:
