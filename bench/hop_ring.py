@@ -23,7 +23,7 @@ from swarmd.discovery.records import Address, InstanceRecord, InstanceState, Mod
 from swarmd.node.api.server import HttpServer, make_app
 from swarmd.node.cluster.signal import Signal
 from swarmd.node.metrics import Metrics
-from swarmd.node.models.front import ModelFront
+from swarmd.node.models.text_process import ModelText
 from swarmd.node.models.tokenizer import Tokenizer
 from swarmd.node.serving.gateway import Gateway, Prepared
 from swarmd.node.serving.generation import Ending, GenerationRequest, Piece
@@ -109,6 +109,17 @@ async def stage(index: int, stages: int, data_dir: Path, daemon_port: int, burn:
     await process.serve(endpoint, daemon_port)
 
 
+@dataclass
+class Front:
+    """A `ModelText` without a process: it is not what is measured here."""
+
+    tokenizer: Tokenizer
+
+    async def encode_text(self, text: str, limit: int) -> list[int]:
+        """Token ids of plain text."""
+        return self.tokenizer.encode(text, add_special=True, parse_special=False)
+
+
 class Entry:
     """The daemon's part: it wires the ring, and its gateway answers HTTP. Handler of its links and the API's view."""
 
@@ -121,7 +132,7 @@ class Entry:
         words = [f"{chr(97 + i % 26)}{i:x}" for i in range(VOCABULARY_SIZE - len(tokens))]
         kinds = byte_level_metadata()["tokenizer.ggml.token_type"] + [1] * len(words)
         changes = {"tokenizer.ggml.tokens": tokens + words, "tokenizer.ggml.token_type": kinds}
-        self._front = ModelFront(Tokenizer.from_gguf(byte_level_metadata(**changes)), cast(Any, None))
+        self._front = cast(ModelText, Front(Tokenizer.from_gguf(byte_level_metadata(**changes))))
         summary = ModelSummary(MODEL, "0" * 64, 0, CONTEXT, "none")
         self._record = InstanceRecord(INSTANCE, summary, InstanceState.READY, EPOCH)
         self._gateway = Gateway(lambda _: self._record, _no_launch, self._driver_link, self._load_front, self.changed)
@@ -130,7 +141,7 @@ class Entry:
         assert self.driver is not None
         return self.driver
 
-    async def _load_front(self, record: InstanceRecord) -> ModelFront:
+    async def _load_front(self, record: InstanceRecord) -> ModelText:
         return self._front
 
     async def on_link(self, link: Link) -> None:

@@ -17,7 +17,7 @@ from swarmd.node.models.errors import ModelFileError
 MAX_HEADER_BYTES = 64 << 20
 MAX_METADATA_KEYS = 1 << 16
 MAX_KEY_BYTES = 1 << 16
-MAX_ARRAY_ELEMENTS = 1 << 22
+MAX_ARRAY_ELEMENTS = 1 << 21
 MAX_ARRAY_DEPTH = 4
 
 _BOOL, _STRING, _ARRAY = 7, 8, 9
@@ -84,6 +84,24 @@ class HeaderCursor:
         except UnicodeDecodeError as error:
             raise self.error("a string is not UTF-8") from error
 
+    def strings(self, count: int) -> list[str]:
+        """The next `count` strings; of them there may be millions."""
+        view, position, end = self._view, self.position, len(self._view)
+        found: list[str] = []
+        while len(found) < count:
+            begin = position + 8
+            length = int.from_bytes(view[position:begin], "little")
+            if begin + length > end:
+                break
+            try:
+                found.append(str(view[begin : begin + length], "utf-8"))
+            except UnicodeDecodeError:
+                break
+            position = begin + length
+        self.position = position
+        # The next one is not there or no text: let it be said how.
+        return found if len(found) == count else [*found, self.string()]
+
 
 def read_metadata(cursor: HeaderCursor, count: int) -> dict[str, object]:
     """`count` key-value pairs. Raises ModelFileError for anything malformed, repeated or out of bounds."""
@@ -115,7 +133,9 @@ def _read_array(cursor: HeaderCursor, depth: int) -> list[Any]:
     cursor.array_elements += count
     if cursor.array_elements > MAX_ARRAY_ELEMENTS or count > cursor.left:
         raise cursor.error(f"an array declares {count} elements, more than it can hold")
-    if kind in (_STRING, _ARRAY):
+    if kind == _STRING:
+        return cursor.strings(count)
+    if kind == _ARRAY:
         return [_read_value(cursor, kind, depth) for _ in range(count)]
     reader: Callable[[], list[Any]] = (
         (lambda: _read_bools(cursor, count)) if kind == _BOOL else (lambda: _read_numbers(cursor, kind, count))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -186,6 +187,70 @@ def test_what_is_not_json_is_refused_as_such(body: bytes):
     with pytest.raises(ApiError, match="not valid JSON") as caught:
         parse(body, ChatRequest)
     assert (caught.value.status, caught.value.code) == (400, "invalid_json")
+
+
+MANY = b",".join(b'"%d":1' % n for n in range(300_000))
+HEAD = b'{"model":"m","messages":[{"role":"user","content":"hi"}]'
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        HEAD + b',"logit_bias":{' + MANY + b"}}",
+        HEAD + b',"logit_bias":{' + MANY + b'},"logit_bias":{}}',
+        HEAD + b',"metadata":{' + MANY.replace(b":1", b':""') + b"}}",
+        HEAD + b',"stop":[' + b",".join([b'"a"'] * 300_000) + b"]}",
+        HEAD + b',"temperature":0.' + b"1" * 300_000 + b"}",
+        HEAD + b',"max_tokens":' + b"9" * 300_000 + b"}",
+        HEAD + b',"unknown":"' + b"a" * 300_000 + b'"}',
+        HEAD + b" " * 300_000 + b"}",
+        HEAD + b',"metadata":' + b'{"a":' * 300_000,
+        b"[" * 300_000,
+        b'{"model":"m","messages":' + b"[" * 300_000,
+        b'{"model":"m","messages":[' + b",".join([b'{"role":"user","content":""}'] * 30_000) + b"]}",
+    ],
+    ids=range(12),
+)
+def test_a_body_that_is_large_but_for_its_text_is_refused_before_it_is_built(body: bytes):
+    tracemalloc.start()
+    with pytest.raises(ApiError) as caught:
+        parse(body, ChatRequest)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert caught.value.status == 400
+    assert len(caught.value.message) < 300
+    assert peak < 8 << 20
+
+
+def test_a_long_text_is_welcome():
+    asked = parse(HEAD.replace(b"hi", b"\\u00e9" * 300_000) + b"}", ChatRequest)
+    assert asked.messages[0].content == "\u00e9" * 300_000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"NaN",
+        b"-Infinity",
+        b"1e999999999",
+        b"0x10",
+        b"1_000",
+        b"01",
+        b"9" * 10_000,
+        b'"\\ud800"',
+        b'"\\udc00\\ud800"',
+        b'"\xed\xa0\x80"',
+        b'"\xc0\x80"',
+        b'"\x00"',
+        b"'one'",
+        b"1/*c*/",
+    ],
+)
+@pytest.mark.parametrize("field", [b"temperature", b"seed", b"user"])
+def test_numbers_and_texts_that_are_none(field: bytes, text: bytes):
+    with pytest.raises(ApiError) as caught:
+        parse(HEAD + b',"' + field + b'":' + text + b"}", ChatRequest)
+    assert caught.value.status == 400
 
 
 @pytest.mark.parametrize("body", [b"[]", b"null", b"3", b'"text"', b"[" * 100_000, b'{"model":' * 100_000])
