@@ -15,6 +15,7 @@ NodeId = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 ShortText = Annotated[str, Meta(max_length=128)]
 LongText = Annotated[str, Meta(max_length=512)]
 Count = Annotated[int, Meta(ge=0, le=2**62)]
+Speed = Annotated[float, Meta(ge=0, le=1e18)]
 
 
 WireWish = Literal["auto", "f32", "bf16", "f16", "q8"]
@@ -44,8 +45,8 @@ class DeviceRecord(Struct, frozen=True):
     memory_total: Count
     memory_free: Count
     memory_limit: Count
-    memory_bandwidth: Annotated[float, Meta(ge=0)]
-    compute: Annotated[float, Meta(ge=0)]
+    memory_bandwidth: Speed
+    compute: Speed
 
 
 class Address(Struct, frozen=True, array_like=True):

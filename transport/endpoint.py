@@ -213,9 +213,14 @@ class Endpoint:
         if more is not None:
             log.warning(text + "%s", host, port, reason, more)
 
-    def _log_breach(self, link: Link, error: FrameError) -> None:
-        more = self._admit(f"breach {link.peer_id}")
-        if more is not None:
+    def _log_breach(self, link: Link, error: FrameError | LinkClosed) -> None:
+        lost = isinstance(error, LinkClosed)
+        more = self._admit(f"{'loss' if lost else 'breach'} {link.peer_id}")
+        if more is None:
+            return
+        if lost:
+            log.info("link with %s was lost: %s%s", link.peer.name, error, more)
+        else:
             log.warning("link with %s broke the protocol: %s%s", link.peer.name, error, more)
 
     def _admit(self, key: str) -> str | None:

@@ -66,9 +66,9 @@ class Link:
         handler: LinkHandler,
         *,
         initiator: bool,
-        on_breach: Callable[[Link, FrameError], None],
+        on_breach: Callable[[Link, FrameError | LinkClosed], None],
     ):
-        """`on_breach` hears of a breach of the protocol, which ends the link."""
+        """`on_breach` hears of a breach of the protocol, which ends the link, and of an end without a goodbye."""
         self.peer_id = introduction.peer_id
         self.peer = introduction.peer
         self.initiator = initiator
@@ -254,8 +254,8 @@ class Link:
 
     def _lose(self, reason: str, *, suspicious: bool) -> None:
         """The other side's bytes have come to an end that it did not announce."""
-        if suspicious and not self.closed:
-            self._on_breach(self, FrameError(reason))
+        if not self.closed:
+            self._on_breach(self, FrameError(reason) if suspicious else LinkClosed(reason))
         self._break(reason)
 
     async def _run(self, ready: asyncio.Future[None]) -> None:

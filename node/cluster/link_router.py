@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
@@ -26,6 +28,9 @@ from swarmd.node.serving.stage_host import StageHost
 from swarmd.transport.endpoint import LinkRefused
 from swarmd.transport.exchanges import Answer
 from swarmd.transport.link import Link, RemoteError
+from swarmd.transport.log_limit import LogLimit
+
+log = logging.getLogger("swarmd.cluster")
 
 
 @dataclass
@@ -43,6 +48,7 @@ class LinkRouter:
     instances: Instances
     # Set once the endpoint is made, which needs this handler first.
     mesh: Mesh = field(init=False)
+    _limit: LogLimit = field(init=False, default_factory=LogLimit)
     trust: Trust = field(init=False)
 
     async def on_link(self, link: Link) -> None:
@@ -71,11 +77,13 @@ class LinkRouter:
                 case GetManifest() | GetChunk():
                     return await self.exchange.answer(message)
                 case StartStage() | WireStage() | StopStage():
-                    return await self.orders.carry_out(link.peer_id, message)
+                    return await self._carry_out(link, message)
+        self._log_refusal(link, message, "no daemon answers that")
         raise RemoteError("unknown", f"a daemon does not answer {type(message).__name__}")
 
     def on_stream(self, link: Link, message: Struct, payload: bytearray) -> AsyncIterator[Struct]:
         """Daemons stream nothing; drivers do."""
+        self._log_refusal(link, message, "no daemon streams anything")
         raise RemoteError("not_driver", "this process does not drive an instance")
 
     async def on_closed(self, link: Link, reason: str) -> None:
@@ -84,6 +92,19 @@ class LinkRouter:
             await self.mesh.on_closed(link)
         else:
             self.host.on_closed(link, reason)
+
+    async def _carry_out(self, link: Link, order: Struct) -> Answer:
+        try:
+            return await self.orders.carry_out(link.peer_id, order)
+        except RemoteError as error:
+            self._log_refusal(link, order, error.message)
+            raise
+
+    def _log_refusal(self, link: Link, message: Struct, reason: str) -> None:
+        """Once in a while, whoever repeats it."""
+        if (held := self._limit.admit(link.peer_id, time.monotonic())) is not None:
+            more = f" (and {held} more from it)" if held else ""
+            log.info("refused %s of %s: %s%s", type(message).__name__, link.peer.name, reason, more)
 
     def _is_own_stage(self, link: Link) -> bool:
         return link.peer_id == self.own_id and self.host.on_link(link)

@@ -161,6 +161,9 @@ class Mesh:
                 for node in nodes:
                     self._book.note_gossip(node.id, [(a.host, a.port) for a in node.addresses], now)
                 self._wake.set()
+            case _:
+                if self._limit.admit(f"stray {link.peer_id}", now) is not None:
+                    log.warning("%s sent %s, which nobody asked for", link.peer.name, type(message).__name__)
 
     async def on_closed(self, link: Link) -> None:
         """A link with a daemon is down."""

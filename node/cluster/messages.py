@@ -11,6 +11,8 @@ from swarmd.node.models.manifest import ModelManifest
 from swarmd.node.serving.messages import DATA_MESSAGES, WireDtype
 from swarmd.transport.statements import MAX_DENIALS, Denial
 
+Seconds = Annotated[float, Meta(ge=0, le=1e12)]
+"""Of a sender's own clock. Not a number is no number here."""
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 
@@ -24,13 +26,13 @@ class Heartbeat(Struct, frozen=True, tag="heartbeat"):
     """The sender is alive and its record is still the one of this counter."""
 
     counter: Count
-    sent_at: float = 0.0
+    sent_at: Seconds = 0.0
 
 
 class HeartbeatEcho(Struct, frozen=True, tag="heartbeat.echo"):
     """Answer to a heartbeat, by which the sender measures the round trip."""
 
-    sent_at: float
+    sent_at: Seconds
 
 
 class KnownNode(Struct, frozen=True, array_like=True):

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-import msgspec
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+LogitBias = Annotated[
+    dict[Annotated[int, Meta(ge=0, le=2**31)], Annotated[float, Meta(ge=-1000, le=1000)]], Meta(max_length=1024)
+]
 
 
-class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One request's sampling wishes; the values are already checked by the API.
+class SamplingParams(Struct, frozen=True, omit_defaults=True):
+    """One request's sampling wishes. The API has checked them; the bounds here are for what members send.
 
     `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 switch the filter off. `seed` and the token's
     position decide the draw, so a request gives the same tokens however it is batched, split or replayed.
@@ -14,14 +20,14 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     definition) count generated tokens only, the repetition penalty (Keskar et al. 2019, arXiv:1909.05858) counts all.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: dict[int, float] = {}
-    top_logprobs: int = 0
-    prompt_tokens: int = 0
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 1.0
+    top_k: Annotated[int, Meta(ge=0, le=2**31)] = 0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] = 0
+    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] = 1.0
+    presence_penalty: Annotated[float, Meta(ge=-100, le=100)] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=-100, le=100)] = 0.0
+    logit_bias: LogitBias = {}
+    top_logprobs: Annotated[int, Meta(ge=0, le=64)] = 0
+    prompt_tokens: Annotated[int, Meta(ge=0, le=2**31)] = 0

@@ -18,6 +18,7 @@ from swarmd.node.engine.sampling_params import SamplingParams
 Tokens = Annotated[tuple[int, ...], Meta(max_length=1 << 20)]
 WireDtype = Literal["f32", "bf16", "f16", "q8"]
 """How hidden states travel over a link between two stages; node/engine/wire.py has the bytes."""
+Microseconds = Annotated[int, Meta(ge=0, le=2**62)]
 Kernels = Literal["auto", "native", "torch"]
 """What computes a stage: our own kernels, plain torch, or our kernels where they are there."""
 
@@ -160,9 +161,9 @@ class StepTimes(Struct, frozen=True, array_like=True):
     between arrival and computing in all.
     """
 
-    compute_us: int = 0
-    slowest_us: int = 0
-    wait_us: int = 0
+    compute_us: Microseconds = 0
+    slowest_us: Microseconds = 0
+    wait_us: Microseconds = 0
 
 
 class Step(Struct, frozen=True, tag="ring.step"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ from swarmd.node.serving.speculation import Speculation
 from swarmd.node.serving.stage_epoch import TICK_SECONDS, StageEpoch, StageParts
 from swarmd.transport.endpoint import Endpoint
 from swarmd.transport.link import Link, LinkClosed, RemoteError
+from swarmd.transport.log_limit import LogLimit
 
 if TYPE_CHECKING:
     from swarmd.node.engine.stage_engine import StageEngine
@@ -61,6 +63,7 @@ class StageProcess:
         self._parts: StageParts | None = None
         self._epoch: StageEpoch | None = None
         self._compute = ComputeThread()
+        self._limit = LogLimit()
 
     async def serve(self, endpoint: Endpoint, daemon_port: int) -> None:
         """Dial the daemon on this machine and work for it until the link ends."""
@@ -87,6 +90,7 @@ class StageProcess:
                     raise RemoteError("stale_epoch", "this stage belongs to no epoch")
                 self._epoch.take_previous(link, message)
                 return Connected()
+        self._log_refusal(link, message, "a stage answers that to its daemon only")
         raise RemoteError("unknown", f"a stage does not answer {type(message).__name__}")
 
     def on_message(self, link: Link, message: Struct, payload: bytearray) -> None:
@@ -99,9 +103,13 @@ class StageProcess:
 
     def on_stream(self, link: Link, message: Struct, payload: bytearray) -> AsyncIterator[Struct]:
         """A generation, on the first stage."""
-        if not isinstance(message, Generate) or self._epoch is None:
-            raise RemoteError("not_driver", "this process does not drive an instance")
-        return self._epoch.generate(message)
+        try:
+            if not isinstance(message, Generate) or self._epoch is None:
+                raise RemoteError("not_driver", "this process does not drive an instance")
+            return self._epoch.generate(message)
+        except RemoteError as error:
+            self._log_refusal(link, message, error.message)
+            raise
 
     async def on_closed(self, link: Link, reason: str) -> None:
         """Without its daemon a stage ends; without a neighbour its epoch does."""
@@ -109,6 +117,12 @@ class StageProcess:
             self.ended.set()
         elif self._epoch is not None:
             await self._epoch.on_closed(link, reason)
+
+    def _log_refusal(self, link: Link, message: Struct, reason: str) -> None:
+        """Once in a while, whoever repeats it."""
+        if (held := self._limit.admit(link.peer_id, time.monotonic())) is not None:
+            more = f" (and {held} more from it)" if held else ""
+            log.info("refused %s of %s: %s%s", type(message).__name__, link.peer.name, reason, more)
 
     async def _load(self, job: LoadEngine) -> EngineLoaded:
         assert self._endpoint is not None

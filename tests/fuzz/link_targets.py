@@ -248,7 +248,7 @@ class Links(Target):
         self._loop.close()
 
     async def _drive(self, data: bytes) -> str:
-        breaches: list[FrameError] = []
+        breaches: list[Exception] = []
         wire = _Wire(data)
         hello = Hello(1, "daemon", "fuzz", "0")
         link = Link(
