@@ -18,6 +18,9 @@ Count = Annotated[int, Meta(ge=0, le=2**62)]
 Speed = Annotated[float, Meta(ge=0, le=1e18)]
 
 
+MAX_CLAIMS = 32
+MAX_CUT_OFF = 32
+
 WireWish = Literal["auto", "f32", "bf16", "f16", "q8"]
 
 
@@ -98,24 +101,43 @@ class LoadRecord(Struct, frozen=True):
 
 
 class InstanceRecord(Struct, frozen=True):
-    """One instance, published by its owner. Whoever holds two for one `id` keeps the one of the higher epoch."""
+    """One instance, published by its owner.
+
+    Of several for one `id` the one of the higher epoch counts, then of the higher term: it grows when the instance
+    changes hands while its stages stay as they are. `split` is the owner's wish for many stages; `missing_bytes` is how
+    much memory is lacking, 0 if none is.
+    """
 
     id: ShortText
     model: ModelSummary
     state: InstanceState
     epoch: Count
+    term: Count = 0
     reason: LongText = ""
     stages: Annotated[tuple[StageRecord, ...], Meta(max_length=256)] = ()
     explanation: Annotated[tuple[LongText, ...], Meta(max_length=64)] = ()
     done_bytes: Count = 0
     total_bytes: Count = 0
+    missing_bytes: Count = 0
+    split: bool = False
+
+
+class Claim(Struct, frozen=True, array_like=True):
+    """Who owns an instance of `model`, as somebody says who has a link with that owner."""
+
+    instance: ShortText
+    model: ShortText
+    owner: NodeId
+    epoch: Count
+    term: Count
 
 
 class NodeRecord(Struct, frozen=True):
     """All that a node says of itself. Last writer wins per node: `counter` only grows, also across restarts.
 
     `launching` names the models that it is bringing, of which it will own an instance. `wire_dtype` is how it wishes
-    hidden states to travel over links of its stages.
+    hidden states to travel over links of its stages. `follows` are the claims of other owners that it goes by, of those
+    with whom it has a link; `cut_off` are members that it has lost and that have not said that they leave.
     """
 
     id: NodeId
@@ -130,3 +152,5 @@ class NodeRecord(Struct, frozen=True):
     launching: Annotated[tuple[ShortText, ...], Meta(max_length=16)] = ()
     leaving: bool = False
     wire_dtype: WireWish = "auto"
+    follows: Annotated[tuple[Claim, ...], Meta(max_length=MAX_CLAIMS)] = ()
+    cut_off: Annotated[tuple[NodeId, ...], Meta(max_length=MAX_CUT_OFF)] = ()

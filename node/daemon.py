@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
+import time
 from collections.abc import Coroutine, Sequence
 
 from msgspec import Struct
 
 from swarmd.discovery.addresses import advertised, usable_addresses
 from swarmd.discovery.mdns import MdnsDiscovery
-from swarmd.discovery.records import InstanceRecord, ModelSummary, NodeRecord
+from swarmd.discovery.records import ModelSummary, NodeRecord
 from swarmd.node.cluster.instances import Instances
 from swarmd.node.cluster.launcher import Launcher
+from swarmd.node.cluster.ledger import View
 from swarmd.node.cluster.link_router import LinkRouter
 from swarmd.node.cluster.membership import MemberChange, MemberState
 from swarmd.node.cluster.mesh import Mesh
 from swarmd.node.cluster.messages import DAEMON_MESSAGES, StageLost, StageProgress
 from swarmd.node.cluster.model_exchange import ModelExchange
+from swarmd.node.cluster.model_fronts import ModelFronts
 from swarmd.node.cluster.own_record import OwnRecord
 from swarmd.node.cluster.signal import Signal
 from swarmd.node.cluster.stage_orders import StageOrders, deliver_over_link, reachable_first
@@ -27,14 +29,14 @@ from swarmd.node.cluster.trust import Trust
 from swarmd.node.config import ConfigError, Settings
 from swarmd.node.data_dir import DataDir
 from swarmd.node.devices import DeviceError
+from swarmd.node.drain import ties
 from swarmd.node.hardware import Hardware
+from swarmd.node.link_port import listen_for_links
 from swarmd.node.models.catalog import ModelNameError
 from swarmd.node.models.draft import bring_draft
 from swarmd.node.models.errors import ModelFileError
 from swarmd.node.models.store import ModelStore
-from swarmd.node.models.text_process import ModelText
 from swarmd.node.models.wheel_source import ModelSourceError
-from swarmd.node.options import DEFAULT_LINK_PORT
 from swarmd.node.progress_board import ProgressBoard
 from swarmd.node.serving.driver_links import DriverLinks
 from swarmd.node.serving.gateway import Gateway
@@ -64,9 +66,9 @@ class Daemon:
         self.link_port = 0
         self._data_dir = data_dir
         self._credentials = credentials
-        self._fronts: dict[str, ModelText] = {}
         self._stored: tuple[ModelSummary, ...] = ()
         self._leaving = False
+        self._closing = False
         self._mdns: MdnsDiscovery | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._build_stages()
@@ -101,7 +103,7 @@ class Daemon:
         settings = self.settings
         self.instances = Instances(
             self.node_id,
-            self.nodes,
+            self.view,
             self._order,
             self._refresh,
             wire_dtype=settings.wire_dtype,
@@ -116,7 +118,6 @@ class Daemon:
             context=settings.context,
             progress=self.progress.report,
         )
-        self._own = OwnRecord(self._gather)
 
     def _build_links(self) -> None:
         router = LinkRouter(self.node_id, self.host, self.orders, self.exchange, self.instances)
@@ -131,11 +132,13 @@ class Daemon:
             name=self.settings.name,
             on_changed=lambda: self.host.tell(TrustChanged()),
         )
+        self._own = OwnRecord(self._gather)
         self._driver_links = DriverLinks(
             self.endpoint, lambda node, found: reachable_first(self.node_id, self.mesh, node, found)
         )
+        self._fronts = ModelFronts(self.exchange, self.progress.report)
         self.gateway = Gateway(
-            self.launcher.find, self.launcher.launch, self._driver_links.get, self._front, self.changed
+            self.launcher.find, self.launcher.launch, self._driver_links.get, self._fronts.of, self.changed
         )
 
     async def start(self) -> None:
@@ -148,7 +151,7 @@ class Daemon:
         except DeviceError as error:
             raise ConfigError(str(error)) from None
         await self._bring_draft_model()
-        self.link_port = await self._listen()
+        self.link_port = await listen_for_links(self.endpoint, self.settings.port)
         self.mesh.add_static(self.settings.peers)
         if self.settings.mdns:
             self._mdns = MdnsDiscovery(
@@ -163,12 +166,19 @@ class Daemon:
             self._run(self.launcher.keep_served(self.settings.model, self.nodes, self.node_id))
 
     def leave(self) -> None:
-        """From now on nothing is planned any more, whatever ends; `close` follows."""
-        self._leaving = True
+        """Say that this node goes: what runs here is moved, and nothing new is taken."""
+        self._leaving = self.gateway.leaving = True
+        self._refresh()
+        self.instances.reconsider()
+
+    def ties(self) -> str:
+        """What still keeps a node that leaves, in words; nothing once it may go."""
+        heirs = any(not node.leaving for node in self.mesh.membership.alive())
+        return ties(self.node_id, self.instances.all() if heirs else [], self.gateway.streams)
 
     async def close(self) -> None:
         """Tell the members, end the stages, and close everything; also after a start that failed half-way."""
-        self.leave()
+        self._leaving = self._closing = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -180,13 +190,18 @@ class Daemon:
         if self._mdns is not None:
             await self._mdns.close()
         await self.host.close()
-        await asyncio.gather(*(front.close() for front in self._fronts.values()))
+        await self._fronts.close()
         await self.mesh.close()
         await self.endpoint.close()
 
     def nodes(self) -> list[NodeRecord]:
         """The records of all nodes that are alive, this one first."""
         return [self._own.current, *self.mesh.membership.alive()]
+
+    def view(self) -> View:
+        """What this node sees of the swarm."""
+        membership = self.mesh.membership
+        return View(self.nodes(), membership.suspects(), membership.gone())
 
     async def _bring_draft_model(self) -> None:
         name = self.settings.draft_model
@@ -198,15 +213,6 @@ class Daemon:
         except (ModelNameError, ModelFileError, ModelSourceError, OSError, MemoryError) as error:
             raise ConfigError(f"--draft-model {name}: {error}") from None
         self.orders.draft_path = draft.path
-
-    async def _listen(self) -> int:
-        wanted = self.settings.port
-        try:
-            return await self.endpoint.listen(None, DEFAULT_LINK_PORT if wanted is None else wanted)
-        except OSError as error:
-            if wanted is None and error.errno in (errno.EADDRINUSE, errno.EACCES):
-                return await self.endpoint.listen(None, 0)
-            raise ConfigError(f"{error}; choose another with --port, or 0 for any") from None
 
     def _hello(self) -> Hello:
         return Hello(PROTOCOL_VERSION, "daemon", self.settings.name, VERSION)
@@ -225,6 +231,8 @@ class Daemon:
             launching=self.launcher.launching,
             leaving=self._leaving,
             wire_dtype=self.settings.wire_dtype,
+            follows=self.instances.follows(self.mesh.membership.alive()),
+            cut_off=self.mesh.membership.cut_off(),
         )
 
     def _refresh(self) -> None:
@@ -234,19 +242,18 @@ class Daemon:
         self.changed.notify()
 
     def _on_members(self, changes: Sequence[MemberChange]) -> None:
-        if self._leaving:
+        if self._closing:
             return
         self.trust.on_members(changes)
+        for change in changes:
+            if change.state is MemberState.GONE:
+                member = self.mesh.membership.get(change.node_id)
+                if member is not None and not member.record.leaving:
+                    self.instances.on_gone(change.node_id)
+                self._run(self._driver_links.hang_up(change.node_id))
         self.instances.reconsider()
-        gone = [change.node_id for change in changes if change.state is MemberState.GONE]
-        for node_id in gone:
-            self._run(self._driver_links.hang_up(node_id))
-        if gone:
-            # Of all that are gone, not only of the latest: an heir may have died before it took over.
-            for member in self.mesh.membership.members.values():
-                if member.state is MemberState.GONE:
-                    self._run(self.launcher.take_over(member.record))
-        self.changed.notify()
+        self._run(self.launcher.take_over())
+        self._refresh()
 
     async def _tick(self) -> None:
         while True:
@@ -254,7 +261,8 @@ class Daemon:
             self.trust.tick()
             self._refresh()
             self.instances.reconsider()
-            await self.orders.prune({record.id: (owner, record.epoch) for owner, record in self.instances.all()})
+            self._run(self.launcher.take_over())
+            await self.orders.prune(self.instances.claims(), time.monotonic())
             await asyncio.sleep(TICK_SECONDS)
 
     async def _calibrate(self) -> None:
@@ -274,16 +282,8 @@ class Daemon:
     def _deliver(self, owner: str, report: Struct) -> None:
         if owner != self.node_id:
             self._run(deliver_over_link(self.mesh, owner, report))
-        elif isinstance(report, StageProgress | StageLost) and not self._leaving:
+        elif isinstance(report, StageProgress | StageLost) and not self._closing:
             self.instances.on_report(self.node_id, report)
-
-    async def _front(self, record: InstanceRecord) -> ModelText:
-        front = self._fronts.get(record.model.sha256)
-        if front is None:
-            manifest = await self.exchange.manifest(record.model)
-            path = await self.exchange.header(manifest, self.progress.report)
-            front = self._fronts[record.model.sha256] = await ModelText.open(path)
-        return front
 
     def _run(self, work: Coroutine[object, object, None]) -> None:
         task = asyncio.create_task(work)

@@ -125,7 +125,8 @@ class Endpoint:
             except TimeoutError:  # the kernel's own
                 refusal = LinkRefused("it did not answer (switched off, or a firewall?)")
             except OSError as error:
-                refusal = LinkRefused(explain_tls_error(error, server_side=False))
+                refused = isinstance(error, ConnectionRefusedError)
+                refusal = LinkRefused(explain_tls_error(error, server_side=False), nobody_listens=refused)
             else:
                 return await self._establish(sock, server_side=False, expect=expect)
         raise refusal

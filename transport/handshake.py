@@ -36,11 +36,15 @@ _REFUSED = "it refused: "
 
 
 class LinkRefused(ConnectionError):
-    """No link came about; `reason` is a sentence about the other side ("it belongs to another swarm ...")."""
+    """No link came about; `reason` is a sentence about the other side ("it belongs to another swarm ...").
 
-    def __init__(self, reason: str):
+    `nobody_listens`: its machine answers that there is no such program any more.
+    """
+
+    def __init__(self, reason: str, *, nobody_listens: bool = False):
         super().__init__(reason)
         self.reason = reason
+        self.nobody_listens = nobody_listens
 
     @property
     def evicted(self) -> bool:

@@ -15,6 +15,7 @@ _STATUS = {
     "model_loading": 503,
     "not_enough_memory": 503,
     "node_lost": 503,
+    "node_leaving": 503,
     "engine_error": 500,
 }
 

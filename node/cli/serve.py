@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import platform
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("swarmd")
 
+DRAIN_SECONDS = 30.0
 EVERYWHERE = frozenset({"0.0.0.0", "::"})
 
 
@@ -52,10 +54,14 @@ async def _run(settings: Settings, data_dir: DataDir, credentials: Credentials) 
     from swarmd.node.daemon import Daemon
     from swarmd.node.public_view import PublicView
 
-    stop = asyncio.Event()
+    stop, at_once = asyncio.Event(), asyncio.Event()
+
+    def on_signal() -> None:
+        (at_once if stop.is_set() else stop).set()
+
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, on_signal)
     api_key, fresh_key = api_key_of(settings, data_dir)
     daemon = Daemon(settings, data_dir, credentials)
     server = HttpServer(make_app(PublicView(daemon), api_key=api_key, known_hosts=_own_names(settings)))
@@ -67,12 +73,29 @@ async def _run(settings: Settings, data_dir: DataDir, credentials: Credentials) 
         announcement = asyncio.create_task(_announce_ready(daemon, data_dir, server.url, api_key))
         await stop.wait()
         announcement.cancel()
+        await _drain(daemon, at_once)
         log.info("stopping")
-        daemon.leave()
     finally:
         await server.close()
         await daemon.close()
     return 0
+
+
+async def _drain(daemon: Daemon, at_once: asyncio.Event) -> None:
+    """Let the node's answers finish and its layers move to others; a second signal ends that."""
+    daemon.leave()
+    impatient = asyncio.create_task(at_once.wait())
+    told = ""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DRAIN_SECONDS):
+            while (kept := daemon.ties()) and not at_once.is_set():
+                if kept != told:
+                    log.info("leaving; still here: %s (once more to stop at once)", kept)
+                    told = kept
+                change = asyncio.create_task(daemon.changed.wait(0.25))
+                await asyncio.wait({change, impatient}, return_when=asyncio.FIRST_COMPLETED)
+                change.cancel()
+    impatient.cancel()
 
 
 async def _announce_ready(daemon: Daemon, data_dir: DataDir, url: str, api_key: str | None) -> None:

@@ -16,7 +16,8 @@ from swarmd.node.cli.console import CommandError, DaemonClient, guarded, running
 from swarmd.node.data_dir import DataDir
 from swarmd.partition.units import format_bytes
 
-STOP_SECONDS = 20.0
+STOP_SECONDS = 45.0
+PATIENT_SECONDS = 2.0
 
 
 def status(given: Mapping[str, Any], *, as_json: bool) -> int:
@@ -46,8 +47,12 @@ def stop(given: Mapping[str, Any]) -> int:
             os.kill(running.pid, signal.SIGTERM)
         except OSError as error:
             raise CommandError(f"process {running.pid} cannot be stopped ({error.strerror})") from None
-        deadline = time.monotonic() + STOP_SECONDS
+        began = time.monotonic()
+        deadline, told = began + STOP_SECONDS, False
         while DataDir(settings.data_dir).is_held():
+            if not told and time.monotonic() > began + PATIENT_SECONDS:
+                print("it finishes its answers and hands its layers on; its log says more", flush=True)
+                told = True
             if time.monotonic() > deadline:
                 raise CommandError(f"process {running.pid} has not ended in {STOP_SECONDS:.0f} s; it may be stuck")
             time.sleep(0.05)

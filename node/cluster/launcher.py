@@ -57,6 +57,7 @@ class Launcher:
         self._progress = progress
         self._lock = asyncio.Lock()
         self._launching: set[str] = set()
+        self._inheriting: set[str] = set()
 
     @property
     def launching(self) -> tuple[str, ...]:
@@ -72,6 +73,10 @@ class Launcher:
             names = {name}
         return next((record for _, record in self._instances.all() if record.model.name in names), None)
 
+    def is_claimed(self, name: str) -> bool:
+        """Whether anybody serves a model, as far as anybody here has heard."""
+        return self.find(name) is not None or any(claim.model == name for claim in self._instances.claims().values())
+
     async def launch(self, name: str) -> InstanceRecord:
         """The instance of a model, started by this node if nobody serves it yet.
 
@@ -81,6 +86,10 @@ class Launcher:
             found = self.find(name)
             if found is not None:
                 return found
+            if self.is_claimed(name):
+                raise ModelFileError(
+                    f"{name} is served by a node that this one cannot reach; ask another node, or see `swarmd doctor`"
+                )
             self._launching.add(name)
             self._announce()
             try:
@@ -94,20 +103,23 @@ class Launcher:
                 self._launching.discard(name)
                 self._announce()
 
-    async def take_over(self, gone: NodeRecord) -> None:
-        """Become the owner of what a lost node owned, where that falls to this node."""
-        for record in self._instances.orphans(gone):
+    async def take_over(self) -> None:
+        """Become the owner of what lost nodes owned and leaving ones hand over, where that falls to this node."""
+        for record in self._instances.orphans():
+            if record.id in self._inheriting:
+                continue
+            self._inheriting.add(record.id)
             try:
                 manifest = await self._exchange.manifest(record.model)
                 path = await self._exchange.header(manifest, self._progress)
                 model, costs = await asyncio.to_thread(
                     _read_model, path, record.model.name, record.model.sha256, record.model.size
                 )
-            except (ModelFileError, OSError) as error:
+                self._instances.take_over(record, costs, promises(self._context, model.context), manifest)
+            except (ModelFileError, OSError, ValueError) as error:
                 log.warning("%s cannot be taken over: %s", record.model.name, error)
-                continue
-            log.info("this node takes over %s, whose owner %s is gone", record.model.name, gone.name)
-            self._instances.own(model, costs, promises(self._context, model.context), manifest)
+            finally:
+                self._inheriting.discard(record.id)
 
     async def keep_served(self, name: str, nodes: Callable[[], list[NodeRecord]], own_id: str) -> None:
         """See to it that somebody serves a model, for ever.
@@ -118,7 +130,7 @@ class Launcher:
         missing_since = time.monotonic()
         while True:
             others = [node for node in nodes() if node.id != own_id]
-            if self.find(name) is not None or any(name in node.launching for node in others):
+            if self.is_claimed(name) or any(name in node.launching for node in others):
                 missing_since = time.monotonic()
             elif time.monotonic() - missing_since >= _rank(name, nodes(), own_id) * RANK_SECONDS:
                 try:

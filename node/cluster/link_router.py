@@ -18,6 +18,7 @@ from swarmd.node.cluster.messages import (
     StageProgress,
     StartStage,
     StopStage,
+    TakeStage,
     TellDenials,
     WireStage,
 )
@@ -76,7 +77,7 @@ class LinkRouter:
             match message:
                 case GetManifest() | GetChunk():
                     return await self.exchange.answer(message)
-                case StartStage() | WireStage() | StopStage():
+                case StartStage() | WireStage() | StopStage() | TakeStage():
                     return await self._carry_out(link, message)
         self._log_refusal(link, message, "no daemon answers that")
         raise RemoteError("unknown", f"a daemon does not answer {type(message).__name__}")

@@ -1,7 +1,8 @@
 """Who is in the swarm: one record per node, last writer wins, and a failure detector. Pure; time is passed in seconds.
 
 Each node speaks only for itself, so there is nothing to elect. A node whose links close, or that says nothing for
-`SUSPECT_SECONDS`, is suspected; it is gone when that lasts `GONE_SECONDS` more, or at once when it said that it leaves.
+`SUSPECT_SECONDS`, is suspected; it is gone when that lasts `GONE_SECONDS` more, or at once when it said that it leaves
+or when its machine says that no such program listens any more.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from swarmd.discovery.records import NodeRecord
+from swarmd.discovery.records import MAX_CUT_OFF, NodeRecord
 
-SUSPECT_SECONDS = 3.0
-GONE_SECONDS = 1.5
+# A false alarm costs a pause, not a token; an answer that stands still must go on within a few seconds.
+SUSPECT_SECONDS = 1.5
+GONE_SECONDS = 1.0
 FORGET_SECONDS = 60.0
 MAX_GONE = 64
 
@@ -64,6 +66,20 @@ class Membership:
         """The records of the nodes that are counted on, suspected ones included: they may yet answer."""
         return [m.record for m in self._members.values() if m.state is not MemberState.GONE]
 
+    def suspects(self) -> frozenset[str]:
+        """The nodes that say nothing at present and may yet be heard."""
+        return frozenset(m.record.id for m in self._members.values() if m.state is MemberState.SUSPECT)
+
+    def gone(self) -> list[NodeRecord]:
+        """The last records of the nodes that are gone and not forgotten yet."""
+        return [m.record for m in self._members.values() if m.state is MemberState.GONE]
+
+    def cut_off(self) -> tuple[str, ...]:
+        """The ids of those of them that did not say that they leave: others may still have a link with them."""
+        lost = [m for m in self._members.values() if m.state is MemberState.GONE and not m.record.leaving]
+        newest = sorted(lost, key=lambda m: m.since, reverse=True)[:MAX_CUT_OFF]
+        return tuple(sorted(m.record.id for m in newest))
+
     def get(self, node_id: str) -> Member | None:
         """One node, or None."""
         return self._members.get(node_id)
@@ -90,6 +106,13 @@ class Membership:
         if member.record.leaving and member.state is not MemberState.GONE:
             return self._move(member, MemberState.GONE, now)
         return self._move(member, MemberState.SUSPECT, now) if member.state is MemberState.ALIVE else []
+
+    def on_refused(self, node_id: str, now: float) -> list[MemberChange]:
+        """Where its last link led to, nobody listens any more: its daemon has ended."""
+        member = self._members.get(node_id)
+        if member is None or node_id in self._links or member.state is not MemberState.SUSPECT:
+            return []
+        return self._move(member, MemberState.GONE, now)
 
     def on_record(self, record: NodeRecord, now: float) -> list[MemberChange]:
         """A node's record arrived over a link of its own. An older one than is known changes nothing.

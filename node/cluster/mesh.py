@@ -9,33 +9,27 @@ import asyncio
 import itertools
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 
 from msgspec import Struct
 
-from swarmd.discovery.dial_book import Candidate, DialBook
+from swarmd.discovery.dial_book import DialBook
 from swarmd.discovery.mdns import Sighting
 from swarmd.discovery.peers import PeerAddress
 from swarmd.discovery.records import NodeRecord
+from swarmd.node.cluster.dialler import Dialler
 from swarmd.node.cluster.membership import MemberChange, Membership, MemberState
 from swarmd.node.cluster.messages import Gossip, Heartbeat, HeartbeatEcho, KnownNode, Publish
-from swarmd.transport.endpoint import Endpoint, LinkRefused
+from swarmd.transport.endpoint import Endpoint
 from swarmd.transport.link import Link, LinkClosed
 from swarmd.transport.log_limit import LogLimit
 
 log = logging.getLogger("swarmd.cluster")
 
 TICK_SECONDS = 0.25
-HEARTBEAT_SECONDS = 1.0
-DIAL_SECONDS = 5.0
-# How long an address may keep the next one waiting, as in RFC 8305 ("happy eyeballs").
-STAGGER_SECONDS = 0.15
-
-WHAT_TO_DO = (
-    "to take part in another swarm, use `swarmd join TOKEN`; if it was a mistake, have `swarmd evict --undo` run where "
-    "the swarm was founded"
-)
+HEARTBEAT_SECONDS = 0.5
+# Back-pressure for so long is a missed message.
+SEND_SECONDS = 1.0
 
 OnChange = Callable[[Sequence[MemberChange]], None]
 
@@ -55,12 +49,14 @@ class Mesh:
         self._swarm_tag = swarm_tag
         self._own_record = own_record
         self._on_change = on_change
-        self._book = DialBook(endpoint.node_id)
         self._links: dict[str, Link] = {}
+        self._book = DialBook(endpoint.node_id)
+        self._dialler = Dialler(endpoint, self._book, self._links.__contains__, self._on_refused)
         self._superseded: dict[Link, Link] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._strangers: set[str] = set()
         self._limit = LogLimit()
+        self._told = 0
         self._wake = asyncio.Event()
 
     def link_to(self, node_id: str) -> Link | None:
@@ -94,10 +90,11 @@ class Mesh:
         """Dial, beat and watch the time until cancelled."""
         for beat in itertools.count():
             now = time.monotonic()
-            self._dial_due(now)
+            self._dialler.dial_due(now)
             self._report(self.membership.tick(now))
             if beat % round(HEARTBEAT_SECONDS / TICK_SECONDS) == 0:
-                await self._send_all(Heartbeat(self._own_record().counter, now))
+                self._told = self._own_record().counter
+                await self._send_all(Heartbeat(self._told, now))
             self._wake.clear()
             try:
                 async with asyncio.timeout(TICK_SECONDS):
@@ -111,6 +108,7 @@ class Mesh:
 
     async def close(self) -> None:
         """Stop dialling; the endpoint closes the links."""
+        await self._dialler.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -153,9 +151,12 @@ class Mesh:
                     self._close_surplus(lesser)
             case Heartbeat(sent_at=sent_at):
                 self._report(self.membership.on_heard(link.peer_id, now))
-                await self._send(link, HeartbeatEcho(sent_at))
-            case HeartbeatEcho(sent_at=sent_at):
+                member = self.membership.get(link.peer_id)
+                await self._send(link, HeartbeatEcho(sent_at, member.record.counter if member is not None else 0))
+            case HeartbeatEcho(sent_at=sent_at, known=known):
                 self._report(self.membership.on_heard(link.peer_id, now))
+                if known < self._told:
+                    await self._send(link, Publish(self._own_record()))
                 self.rtt_ms[link.peer_id] = max(0.0, (now - sent_at) * 1000)
             case Gossip(nodes=nodes):
                 for node in nodes:
@@ -179,9 +180,12 @@ class Mesh:
             if other is not None:
                 self._links[link.peer_id] = other
             else:
-                self._book.note_lost(link.peer_id, now)
+                self._dialler.on_lost(link, now)
         self._report(self.membership.on_unlinked(link.peer_id, now))
         self._wake.set()
+
+    def _on_refused(self, node_id: str, now: float) -> None:
+        self._report(self.membership.on_refused(node_id, now))
 
     def _hang_up(self, node_id: str) -> None:
         """Of a dead connection neither side may hear for minutes: a node that comes back is to find a new link."""
@@ -224,76 +228,18 @@ class Mesh:
                 nodes.append(KnownNode(node_id, member.record.addresses))
         return Gossip(tuple(nodes[:512]))
 
-    def _dial_due(self, now: float) -> None:
-        by_node: dict[str | None, list[Candidate]] = {}
-        for candidate in self._book.due(now):
-            by_node.setdefault(candidate.node_id, []).append(candidate)
-        for static in by_node.pop(None, []):
-            self._start_dial([static])
-        for candidates in by_node.values():
-            self._start_dial(candidates)
-
-    def _start_dial(self, candidates: list[Candidate]) -> None:
-        self._keep(asyncio.create_task(self._race(candidates), name="dial"))
-
     def _keep(self, task: asyncio.Task[None]) -> None:
         """The event loop alone does not keep a task alive."""
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _race(self, candidates: list[Candidate]) -> None:
-        """Dial the addresses of one node, each a little after the one before, and keep the first that answers."""
-        waiting, attempts, reason = deque(candidates), set[asyncio.Task[str]](), ""
-        try:
-            while waiting or attempts:
-                if candidates[0].node_id in self._links:
-                    waiting.clear()
-                    if not attempts:
-                        return
-                if waiting:
-                    attempts.add(asyncio.create_task(self._dial(waiting.popleft())))
-                seconds = STAGGER_SECONDS if waiting else None
-                done, attempts = await asyncio.wait(attempts, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-                reasons = [attempt.result() for attempt in done]
-                if "" in reasons:
-                    return
-                reason = reason or next(iter(reasons), "")
-        finally:
-            for attempt in attempts:
-                attempt.cancel()
-        self._log_unreachable(candidates, reason)
-
-    async def _dial(self, candidate: Candidate) -> str:
-        """Why there is no link, or nothing when there is one. Static peers' refusals are logged one by one."""
-        try:
-            link = await self._endpoint.dial(
-                candidate.host,
-                candidate.port,
-                expect=candidate.node_id,
-                timeout=DIAL_SECONDS,
-                quiet=candidate.node_id is not None,
-            )
-        except LinkRefused as error:
-            self._book.note_failed(candidate.address, time.monotonic(), evicted=error.lasting)
-            if error.evicted and self._limit.admit("evicted", time.monotonic()) is not None:
-                log.error("a member says that this node was evicted (%s); %s", error.reason, WHAT_TO_DO)
-            return error.reason
-        self._book.note_linked(link.peer_id, candidate.address, time.monotonic())
-        return ""
-
-    def _log_unreachable(self, candidates: list[Candidate], reason: str) -> None:
-        """One line for a node, however many addresses it has."""
-        node_id = candidates[0].node_id
-        if node_id is not None and self._limit.admit(f"{node_id} {reason}", time.monotonic()) is not None:
-            log.info("node %s cannot be reached at any of its addresses: %s", node_id[:12], reason)
-
     async def _send_all(self, message: Struct) -> None:
         await asyncio.gather(*(self._send(link, message) for link in list(self._links.values())))
 
     async def _send(self, link: Link, message: Struct) -> None:
-        """One that is stuck must not hold up the others: back-pressure beyond a beat is a missed message."""
+        """One that is stuck must not hold up the others."""
         try:
-            async with asyncio.timeout(HEARTBEAT_SECONDS):
+            async with asyncio.timeout(SEND_SECONDS):
                 await link.send(message)
         except (LinkClosed, TimeoutError):
             pass

@@ -30,9 +30,12 @@ class Heartbeat(Struct, frozen=True, tag="heartbeat"):
 
 
 class HeartbeatEcho(Struct, frozen=True, tag="heartbeat.echo"):
-    """Answer to a heartbeat, by which the sender measures the round trip."""
+    """Answer to a heartbeat, by which the sender measures the round trip; `known` is the counter of its record that
+    the other side has, so that one which got lost is sent again.
+    """
 
     sent_at: Seconds
+    known: Count = 0
 
 
 class KnownNode(Struct, frozen=True, array_like=True):
@@ -82,7 +85,8 @@ class StartStage(Struct, frozen=True, tag="stage.start"):
     `device`, which the member's record names.
 
     An order ends what the member runs of the same instance by orders of a lower epoch or of another owner. Orders of
-    one epoch stand side by side, told apart by `index`, the stage's place in the pipeline.
+    one epoch stand side by side, told apart by `index`, the stage's place in the pipeline. One that is to start
+    `beside` the others ends nothing; `fetch_only` asks for the bytes alone.
     """
 
     instance: ShortText
@@ -94,6 +98,12 @@ class StartStage(Struct, frozen=True, tag="stage.start"):
     end: Count
     kv_tokens: Count
     context: Count
+    beside: bool = False
+    fetch_only: bool = False
+
+
+class StageFetched(Struct, frozen=True, tag="stage.fetched"):
+    """What the stage will need is on this node."""
 
 
 class StageStarted(Struct, frozen=True, tag="stage.started"):
@@ -133,19 +143,29 @@ class StageWired(Struct, frozen=True, tag="stage.wired"):
 
 
 class StopStage(Struct, frozen=True, tag="stage.stop"):
-    """Owner to member: end your stages of this instance that are of this epoch or an earlier one."""
+    """Owner to member: end your stages of this instance of the epochs `since` to `epoch`."""
 
     instance: ShortText
     epoch: Count
+    since: Count = 0
+
+
+class TakeStage(Struct, frozen=True, tag="stage.take"):
+    """A new owner to member: your stage belongs to me now, and serves on. Answered with StageWired."""
+
+    instance: ShortText
+    epoch: Count
+    index: Count
 
 
 class StageLost(Struct, frozen=True, tag="stage.lost"):
-    """Member to owner: a stage of this epoch ended or lost a neighbour."""
+    """Member to owner: a stage of this epoch ended (`own_fault`) or lost a neighbour."""
 
     instance: ShortText
     epoch: Count
     index: Count
     reason: Annotated[str, Meta(max_length=1024)]
+    own_fault: bool = False
 
 
 DAEMON_MESSAGES = (
@@ -160,10 +180,12 @@ DAEMON_MESSAGES = (
     GetChunk,
     ModelChunk,
     StartStage,
+    StageFetched,
     StageStarted,
     StageProgress,
     WireStage,
     StageWired,
     StopStage,
+    TakeStage,
     StageLost,
 )

@@ -2,6 +2,10 @@
 
 The owner's pump feeds it what happens and the time, and carries out the actions it returns. Every new plan has a higher
 epoch; whatever an earlier epoch still says is ignored.
+
+After a loss everything is planned anew. A planned move (a better plan, a node that leaves) is prepared while the
+present epoch serves: its stages are started and wired next to the old ones where memory has room for both, else their
+layers are fetched first and the old stages are ended only then.
 """
 
 from __future__ import annotations
@@ -12,42 +16,32 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
-from swarmd.discovery.records import Address, InstanceRecord, InstanceState, ModelSummary, StageRecord
+from swarmd.discovery.records import Address, InstanceRecord, InstanceState, ModelSummary
+from swarmd.node.cluster.actions import Action, FetchStages, StartStages, StopStages, TakeStages, WireStages
+from swarmd.node.cluster.bring_up import BringUp
+from swarmd.node.cluster.planning import Surroundings, Undecided, improvement, plan_anew, plan_move
 from swarmd.partition.costs import ModelCosts
-from swarmd.partition.memory_weighted import plan
-from swarmd.partition.plan import Capacity, DoesNotFit, Plan, Promise
+from swarmd.partition.plan import DoesNotFit, Plan, Promise
 
 FIRST_RETRY_SECONDS = 0.25
 LAST_RETRY_SECONDS = 15.0
-# No stage has that much to load; a report of more is wrong.
-MAX_STAGE_BYTES = 2**50
+# Who has served for so long begins with short pauses again after a loss.
+STEADY_SECONDS = 10.0
+# A better plan must have been the better one for so long, and the present one must have served for so long.
+GAIN_SECONDS = 2.0
+# So much longer if streams would have to wait for it.
+BUSY_GAIN_SECONDS = 30.0
+FIRST_MOVE_RETRY_SECONDS = 5.0
+LAST_MOVE_RETRY_SECONDS = 300.0
 
 
-@dataclass(frozen=True)
-class StartStages:
-    """Order every stage of the plan to be started on its node."""
+@dataclass
+class _Move:
+    """A plan that is to take over from the one that serves."""
 
-    epoch: int
-    plan: Plan
-
-
-@dataclass(frozen=True)
-class WireStages:
-    """Every stage is loaded: have each connect to the next, the last one to the first."""
-
-    epoch: int
-    stages: tuple[StageRecord, ...]
-
-
-@dataclass(frozen=True)
-class StopStages:
-    """End all stages that are left of this epoch and earlier ones on these nodes."""
-
-    epoch: int
-    nodes: tuple[str, ...]
-
-
-Action = StartStages | WireStages | StopStages
+    build: BringUp
+    beside: bool
+    reason: str
 
 
 class OwnedInstance:
@@ -64,151 +58,243 @@ class OwnedInstance:
         split: bool = False,
     ) -> None:
         """`epoch` is the highest one that anybody has seen of this instance; the first plan gets the next."""
-        self.record = InstanceRecord(instance_id, model, InstanceState.PLANNING, epoch)
+        self.record = InstanceRecord(instance_id, model, InstanceState.PLANNING, epoch, split=split)
         self._costs = costs
         self._promises = tuple(promises)
-        self._split = split
-        self._unstarted: set[int] = set()
-        self._unwired: set[int] = set()
-        self._progress: dict[int, tuple[int, int]] = {}
+        self._build: BringUp | None = None
+        self._move: _Move | None = None
+        self._remains: tuple[str, ...] = ()
+        self._last_epoch = epoch
         self._retry_seconds = FIRST_RETRY_SECONDS
         self._retry_at = -math.inf
+        self._ready_at = math.inf
+        self._gain_since: float | None = None
+        self._move_retry_seconds = FIRST_MOVE_RETRY_SECONDS
+        self._move_at = -math.inf
 
     @property
     def epoch(self) -> int:
         """The epoch of the present plan."""
         return self.record.epoch
 
-    def consider(self, capacities: Sequence[Capacity], now: float, *, idle: bool = False) -> list[Action]:
+    @property
+    def move(self) -> BringUp | None:
+        """The stages that are to take over from those of the record, if there are any."""
+        return self._move.build if self._move is not None else None
+
+    def adopt(self, running: InstanceRecord, now: float) -> list[Action]:
+        """Go on with what another owner has left behind: its stages serve as before, under this owner's term.
+
+        What that owner wished, a split or a short context, goes on to hold.
+        """
+        self.record = replace(running, term=running.term + 1, reason="")
+        self._promises = tuple(p for p in self._promises if p.context <= running.model.context) or self._promises
+        self._last_epoch = running.epoch
+        self._ready_at = now
+        return [TakeStages(self.epoch, self.record.stages)]
+
+    def consider(self, around: Surroundings, now: float, *, idle: bool = False) -> list[Action]:
         """Look at who is there and act if the plan has to change; called on every change and every tick.
 
-        `capacities` are the devices of all nodes that are alive, less what other instances use. `idle` says that nobody
-        would be disturbed by a better plan.
+        `idle` says that nobody would be disturbed by a better plan.
         """
-        there = {(capacity.node, capacity.device) for capacity in capacities}
+        there = around.devices
         lost = sum(1 for stage in self.record.stages if (stage.node, stage.device) not in there)
         if lost:
-            return self._plan(capacities, f"{lost} of {len(self.record.stages)} stages lost their node")
+            return self._replan(around, now, f"{lost} of {len(self.record.stages)} stages lost their node")
+        actions: list[Action] = []
+        if self._move is not None and any((s.node, s.device) not in there for s in self._move.build.stages):
+            actions = self._give_up_move(now)
         if self.record.state is InstanceState.READY:
-            return self._improve(capacities) if self._split and idle else []
+            return actions + self._consider_move(around, now, idle)
         if self.record.state is InstanceState.LOADING or now < self._retry_at:
-            return []
-        return self._plan(capacities)
+            return actions
+        return actions + self._replan(around, now)
 
     def on_progress(self, epoch: int, index: int, done: int, total: int) -> None:
         """A stage has fetched and loaded so many bytes."""
-        known = epoch == self.epoch and 0 <= index < len(self.record.stages)
-        if known and 0 <= done <= total <= MAX_STAGE_BYTES:
-            self._progress[index] = (done, total)
-            sums = [sum(column) for column in zip(*self._progress.values(), strict=True)]
-            self.record = replace(self.record, done_bytes=sums[0], total_bytes=sums[1])
+        build = self.building(epoch)
+        if build is not None:
+            build.on_progress(index, done, total)
+            if build is self._build:
+                done_bytes, total_bytes = build.done
+                self.record = replace(self.record, done_bytes=done_bytes, total_bytes=total_bytes)
+
+    def on_fetched(self, epoch: int, index: int) -> list[Action]:
+        """A node has what its stage will need; when all have, the stages take the place of those that serve."""
+        move = self._move
+        if move is None or move.beside or move.build.epoch != epoch:
+            return []
+        if not move.build.on_started(index, ()) or not move.build.all_started:
+            return []
+        self._move = None
+        return self._begin(move.build, move.reason)
 
     def on_started(self, epoch: int, index: int, addresses: tuple[Address, ...]) -> list[Action]:
         """A stage is loaded and accepts links; when all are, they are wired."""
-        if epoch != self.epoch or index not in self._unstarted:
+        build = self.building(epoch)
+        fetching = self._move is not None and build is self._move.build and not self._move.beside
+        if build is None or fetching or not build.on_started(index, addresses):
             return []
-        stages = list(self.record.stages)
-        stages[index] = replace(stages[index], addresses=addresses)
-        self.record = replace(self.record, stages=tuple(stages))
-        self._unstarted.discard(index)
-        if self._unstarted:
-            return []
-        self._unwired = set(range(len(stages)))
-        return [WireStages(epoch, self.record.stages)]
+        if build is self._build:
+            self.record = replace(self.record, stages=build.stages)
+        return [WireStages(epoch, build.stages)] if build.all_started else []
 
-    def on_wired(self, epoch: int, index: int) -> list[Action]:
-        """A stage is connected; when all are, the instance is ready."""
-        if epoch == self.epoch and index in self._unwired:
-            self._unwired.discard(index)
-            if not self._unwired:
-                self._retry_seconds = FIRST_RETRY_SECONDS
-                self.record = replace(self.record, state=InstanceState.READY, reason="")
+    def on_wired(self, epoch: int, index: int, now: float) -> list[Action]:
+        """A stage is connected; when all are, the instance is ready, or goes over to them."""
+        build = self.building(epoch)
+        if build is None or not build.on_wired(index) or not build.all_wired:
+            return []
+        if self._move is not None and build is self._move.build:
+            return self._go_over(now)
+        self._build, self._ready_at = None, now
+        self.record = replace(self.record, state=InstanceState.READY, reason="")
         return []
 
     def on_stage_lost(self, epoch: int, reason: str, now: float) -> list[Action]:
-        """A stage failed to start, or ended, or lost a neighbour: the epoch is over."""
+        """A stage failed to start, or ended, or lost a neighbour: the epoch is over.
+
+        The other stages are left alone: those that the next plan wants just so are kept.
+        """
+        if self._move is not None and epoch == self._move.build.epoch:
+            return self._give_up_move(now)
         if epoch != self.epoch or not self.record.stages:
             return []
-        actions = self.stop()
+        if self._move is not None and self._move.beside:
+            stop, move, self._move = self._stop_epoch(), self._move, None
+            self._show(move.build, reason)
+            return [stop]
+        if now - self._ready_at >= STEADY_SECONDS:
+            self._retry_seconds = FIRST_RETRY_SECONDS
         self._retry_at = now + self._retry_seconds
         self._retry_seconds = min(2 * self._retry_seconds, LAST_RETRY_SECONDS)
-        self._wait(reason)
-        return actions
+        self._wait(InstanceState.PLANNING, reason)
+        return []
 
     def stop(self) -> list[Action]:
         """The owner lets the instance go."""
-        return self._stop_all_but(frozenset())
+        nodes = self._holders()
+        self._remains = ()
+        return [StopStages(self._last_epoch, nodes)] if nodes else []
 
-    def _stop_all_but(self, kept: frozenset[str]) -> list[Action]:
-        nodes = tuple(dict.fromkeys(stage.node for stage in self.record.stages if stage.node not in kept))
-        return [StopStages(self.epoch, nodes)] if nodes else []
+    def building(self, epoch: int) -> BringUp | None:
+        """The stages of an epoch that are on their way up, if they are."""
+        builds = (self._build, self._move.build if self._move is not None else None)
+        return next((build for build in builds if build is not None and build.epoch == epoch), None)
 
-    def _wait(self, reason: str) -> None:
-        """Nothing runs, for this reason."""
-        self._unstarted, self._unwired, self._progress = set(), set(), {}
+    def _stop_epoch(self) -> StopStages:
+        """End the stages of the record, not those that are to take over."""
+        return StopStages(self.epoch, tuple(dict.fromkeys(stage.node for stage in self.record.stages)))
+
+    def _wait(self, state: InstanceState, reason: str, missing: int = 0) -> None:
+        """Nothing serves, for this reason."""
+        self._remains = self._holders()
+        self._build, self._move, self._gain_since, self._ready_at = None, None, None, math.inf
         waiting = replace(
             self.record,
-            state=InstanceState.WAITING,
+            state=state,
             reason=reason[:512],
             stages=(),
             explanation=(),
             done_bytes=0,
             total_bytes=0,
+            missing_bytes=missing,
         )
-        if waiting != self.record:
-            self.record = waiting
+        self.record = self.record if waiting == self.record else waiting
 
-    def _plan(self, capacities: Sequence[Capacity], reason: str = "") -> list[Action]:
+    def _replan(self, around: Surroundings, now: float, reason: str = "") -> list[Action]:
         """Start over with who is there, or wait until they suffice."""
         try:
-            made = plan(self._costs, self._promises, capacities, split=self._split)
+            made = plan_anew(self._costs, self._promises, around, split=self.record.split)
+        except Undecided as error:
+            self._wait(InstanceState.PLANNING, str(error))
+            return []
         except DoesNotFit as error:
             actions = self.stop()
-            self._wait(str(error))
+            self._wait(InstanceState.WAITING, str(error), error.missing)
+            self._remains = ()
             return actions
-        return self._adopt(made, reason)
+        return self._begin(self._next_build(made), reason)
 
-    def _improve(self, capacities: Sequence[Capacity]) -> list[Action]:
-        """Asked to split, use nodes that came after the present plan was made."""
-        try:
-            made = plan(self._costs, self._promises, capacities, split=True)
-        except DoesNotFit:
-            return []
-        if len(made.stages) <= len(self.record.stages):
-            return []
-        return self._adopt(made, "more nodes have come")
+    def _holders(self) -> tuple[str, ...]:
+        """The nodes with a stage of the record, of a move, or of an epoch that is over."""
+        coming = self._move.build.nodes if self._move is not None else ()
+        return tuple(dict.fromkeys([*self._remains, *(stage.node for stage in self.record.stages), *coming]))
 
-    def _adopt(self, made: Plan, reason: str) -> list[Action]:
+    def _next_build(self, made: Plan) -> BringUp:
+        self._last_epoch += 1
+        return BringUp(self._last_epoch, made)
+
+    def _begin(self, build: BringUp, reason: str) -> list[Action]:
         """Put a plan in the place of the present one. Nodes that stay end their earlier stages themselves."""
-        stop = self._stop_all_but(frozenset(stage.node for stage in made.stages))
-        self._unstarted, self._unwired, self._progress = set(range(len(made.stages))), set(), {}
+        left = tuple(node for node in self._holders() if node not in build.nodes)
+        self._move, self._remains = None, ()
+        build.restart()
+        self._show(build, reason)
+        stop = [StopStages(build.epoch - 1, left)] if left else []
+        return [*stop, StartStages(build.epoch, build.plan)]
+
+    def _show(self, build: BringUp, reason: str) -> None:
+        """The record tells of a plan whose stages are on their way up."""
+        self._build, self._gain_since, self._ready_at = build, None, math.inf
         self.record = replace(
-            self.record,
-            model=replace(self.record.model, context=made.promise.context),
-            state=InstanceState.LOADING,
-            epoch=self.epoch + 1,
-            reason=reason[:512],
-            stages=tuple(StageRecord(s.node, s.device, s.start, s.end, s.bytes) for s in made.stages),
-            explanation=tuple(line[:512] for line in made.explanation[:64]),
-            done_bytes=0,
-            total_bytes=0,
+            self._with_plan(build), state=InstanceState.LOADING, reason=reason[:512], done_bytes=0, total_bytes=0
         )
-        return [*stop, StartStages(self.epoch, made)]
 
+    def _with_plan(self, build: BringUp) -> InstanceRecord:
+        return replace(
+            self.record,
+            model=replace(self.record.model, context=build.plan.promise.context),
+            epoch=build.epoch,
+            stages=build.stages,
+            explanation=tuple(line[:512] for line in build.plan.explanation[:64]),
+            missing_bytes=0,
+        )
 
-def winner(claims: Sequence[tuple[str, InstanceRecord]]) -> tuple[str, InstanceRecord]:
-    """Of several (owner, record) claims to one instance the one that counts: highest epoch, then lowest owner id.
+    def _consider_move(self, around: Surroundings, now: float, idle: bool) -> list[Action]:
+        """While serving: make room for nodes that leave, and use better plans that last."""
+        if self._move is not None or now < self._move_at:
+            return []
+        if any(stage.node in around.leaving for stage in self.record.stages):
+            return self._start_move(around, "a node leaves", disturb=True)
+        better = improvement(self.record, self._costs, self._promises, around, split=self.record.split)
+        if better is None:
+            self._gain_since = None
+            return []
+        self._gain_since = now if self._gain_since is None else self._gain_since
+        lasted = now - max(self._gain_since, self._ready_at)
+        if lasted < GAIN_SECONDS:
+            return []
+        return self._start_move(around, better, disturb=idle or lasted >= BUSY_GAIN_SECONDS)
 
-    `claims` must not be empty.
-    """
-    return min(claims, key=lambda claim: (-claim[1].epoch, claim[0]))
+    def _start_move(self, around: Surroundings, reason: str, *, disturb: bool) -> list[Action]:
+        """Bring the new plan up beside the old one; where memory is short and it may `disturb`, in its place."""
+        held = {(stage.node, stage.device): stage.bytes for stage in self.record.stages}
+        try:
+            made, beside = plan_move(self._costs, self._promises, around, held, split=self.record.split)
+        except DoesNotFit as error:
+            self.record = replace(self.record, reason=f"{reason}: {error}"[:512], missing_bytes=error.missing)
+            return []
+        if not beside and not disturb:
+            return []
+        build = self._next_build(made)
+        self._move = _Move(build, beside, reason)
+        return [StartStages(build.epoch, made, beside=True) if beside else FetchStages(build.epoch, made)]
 
+    def _go_over(self, now: float) -> list[Action]:
+        """The new stages serve; the old ones end."""
+        move, old = self._move, self._stop_epoch()
+        assert move is not None
+        self._move, self._build, self._gain_since, self._ready_at = None, None, None, now
+        self._move_retry_seconds = FIRST_MOVE_RETRY_SECONDS
+        self.record = replace(self._with_plan(move.build), state=InstanceState.READY, reason="")
+        return [old]
 
-def successor(lost: InstanceRecord, alive: Sequence[str], holders: Sequence[str]) -> str | None:
-    """Who takes over an instance whose owner is gone: of the nodes alive, the lowest id among its stages' nodes, else
-    among `holders` (nodes that hold the model's file), else nobody."""
-    there = set(alive)
-    for group in ({stage.node for stage in lost.stages} & there, set(holders) & there):
-        if group:
-            return min(group)
-    return None
+    def _give_up_move(self, now: float) -> list[Action]:
+        """What serves goes on; the next try waits."""
+        assert self._move is not None
+        build, beside = self._move.build, self._move.beside
+        self._move, self._gain_since = None, None
+        self._move_at = now + self._move_retry_seconds
+        self._move_retry_seconds = min(2 * self._move_retry_seconds, LAST_MOVE_RETRY_SECONDS)
+        return [StopStages(build.epoch, build.nodes, since=build.epoch)] if beside else []

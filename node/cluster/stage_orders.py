@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from msgspec import Struct
 
 from swarmd.discovery.addresses import advertised
-from swarmd.discovery.records import Address
+from swarmd.discovery.records import Address, Claim
 from swarmd.node.cluster.mesh import Mesh
 from swarmd.node.cluster.messages import (
+    StageFetched,
     StageLost,
     StageProgress,
     StageStarted,
     StageWired,
     StartStage,
     StopStage,
+    TakeStage,
     WireStage,
 )
 from swarmd.node.cluster.model_exchange import ModelExchange
@@ -34,6 +35,8 @@ log = logging.getLogger("swarmd.stages")
 
 # An owner that is lost has a successor long before.
 UNOWNED_SECONDS = 30.0
+# An owner that takes over, or plans anew, tells the stages that it keeps at once.
+UNTAKEN_SECONDS = 5.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +44,7 @@ class _Starting:
     """A stage that is being brought up."""
 
     key: StageKey
-    task: asyncio.Task[StageStarted]
+    task: asyncio.Task[StageStarted | StageFetched]
 
 
 class StageOrders:
@@ -77,7 +80,7 @@ class StageOrders:
         self._kernels: Kernels = kernels
         self._speculate = speculate
         self.draft_path: Path | None = None
-        self._unowned: dict[str, float] = {}
+        self._wanted: dict[LoadEngine, float] = {}
         self.host: StageHost | None = None
 
     async def carry_out(self, owner: str, order: Struct) -> Struct:
@@ -88,36 +91,38 @@ class StageOrders:
             case WireStage():
                 return await self._wire(order)
             case StopStage():
-                await self._stop(order.instance, order.epoch)
+                await self._stop(order)
                 return StageWired()
+            case TakeStage():
+                return self._take(owner, order)
         raise RemoteError("unknown", f"not an order: {type(order).__name__}")
 
-    def on_lost(self, job: LoadEngine, reason: str) -> None:
-        """A stage of this node ended by itself."""
-        self._deliver(job.owner, StageLost(job.instance, job.epoch, job.index, reason[:1000]))
+    def on_lost(self, job: LoadEngine, reason: str, own_fault: bool) -> None:
+        """A stage of this node ended by itself, or by the fault of a neighbour."""
+        self._deliver(job.owner, StageLost(job.instance, job.epoch, job.index, reason[:1000], own_fault))
 
     def on_progress(self, job: LoadEngine, done: int, total: int) -> None:
         """A stage of this node reads its weights; fetching counts as the first half."""
         self._deliver(job.owner, StageProgress(job.instance, job.epoch, job.index, total + done, 2 * total))
 
-    async def prune(self, claims: Mapping[str, tuple[str, int]]) -> None:
+    async def prune(self, claims: Mapping[str, Claim], now: float) -> None:
         """End this node's stages that nobody orders any more.
 
-        Their instance has moved on to a later epoch without this node, or, after a split network healed, to another
-        owner's plan of the same epoch; or it has had no owner for long. `claims` is the (owner, epoch) that counts per
-        instance.
+        Their instance has moved on to a later epoch without this node, or has another owner who did not take them; or
+        it has had no owner for long. `claims` are those that count, by instance; `now` is in seconds.
         """
         assert self.host is not None
-        now = time.monotonic()
-        self._unowned = {job.instance: self._unowned.get(job.instance, now) for job in self.host.jobs}
-        for job in self.host.jobs:
-            if job.instance in claims:
-                self._unowned[job.instance] = now
-            if _is_passed(job, claims.get(job.instance)) or now - self._unowned[job.instance] > UNOWNED_SECONDS:
+        jobs = self.host.jobs
+        self._wanted = {job: self._wanted.get(job, now) for job in jobs}
+        for job in jobs:
+            claim = claims.get(job.instance)
+            if claim is not None and claim.owner == job.owner and claim.epoch <= job.epoch:
+                self._wanted[job] = now
+            if now - self._wanted[job] > (UNOWNED_SECONDS if claim is None else UNTAKEN_SECONDS):
                 log.info("stage %d of %s, epoch %d, is no longer wanted", job.index, job.instance, job.epoch)
                 await self.host.end(job)
 
-    async def _start(self, owner: str, order: StartStage) -> StageStarted:
+    async def _start(self, owner: str, order: StartStage) -> StageStarted | StageFetched:
         """An order replaces those before it, also while they are still fetching."""
         if order.device not in self._devices():
             has = ", ".join(self._devices())
@@ -126,9 +131,8 @@ class StageOrders:
         newest = max((s.key.epoch for s in self._starting if s.key.instance == order.instance), default=0)
         if newest > order.epoch:
             raise RemoteError("stale_epoch", f"this node starts epoch {newest} already")
-        for before in self._starting:
-            if key.replaces(before.key):
-                before.task.cancel()
+        if not order.beside:
+            self._cancel(before for before in self._starting if key.replaces(before.key))
         starting = _Starting(key, asyncio.create_task(self._bring_up(owner, order)))
         self._starting.append(starting)
         try:
@@ -141,7 +145,11 @@ class StageOrders:
         finally:
             self._starting.remove(starting)
 
-    async def _bring_up(self, owner: str, order: StartStage) -> StageStarted:
+    def _cancel(self, starting: Iterable[_Starting]) -> None:
+        for one in starting:
+            one.task.cancel()
+
+    async def _bring_up(self, owner: str, order: StartStage) -> StageStarted | StageFetched:
         assert self.host is not None
 
         def fetched(progress: Progress) -> None:
@@ -152,26 +160,36 @@ class StageOrders:
             path, sparse = await self._exchange.stage_file(order.model, order.start, order.end, fetched)
         except (ModelFileError, OSError) as error:
             raise RemoteError("fetch_failed", str(error)) from error
-        loaded = await self.host.start(
-            LoadEngine(
-                instance=order.instance,
-                epoch=order.epoch,
-                model_path=str(path),
-                sparse=sparse,
-                start=order.start,
-                end=order.end,
-                kv_tokens=order.kv_tokens,
-                context=order.context,
-                threads=self._threads,
-                kernels=self._kernels,
-                speculate=self._speculate and order.start == 0,
-                draft_path=str(self.draft_path) if self.draft_path is not None and order.start == 0 else "",
-                index=order.index,
-                device=order.device,
-                owner=owner,
-            )
-        )
+        if order.fetch_only:
+            return StageFetched()
+        loaded = await self.host.start(self._job(owner, order, path, sparse), beside=order.beside)
         return StageStarted(advertised(self._hosts(), loaded.port), loaded.weight_bytes)
+
+    def _job(self, owner: str, order: StartStage, path: Path, sparse: bool) -> LoadEngine:
+        first = order.start == 0
+        return LoadEngine(
+            instance=order.instance,
+            epoch=order.epoch,
+            model_path=str(path),
+            sparse=sparse,
+            start=order.start,
+            end=order.end,
+            kv_tokens=order.kv_tokens,
+            context=order.context,
+            threads=self._threads,
+            kernels=self._kernels,
+            speculate=self._speculate and first,
+            draft_path=str(self.draft_path) if self.draft_path is not None and first else "",
+            index=order.index,
+            device=order.device,
+            owner=owner,
+        )
+
+    def _take(self, owner: str, order: TakeStage) -> StageWired:
+        assert self.host is not None
+        if not self.host.take(owner, order.instance, order.epoch, order.index):
+            raise RemoteError("stale_epoch", f"this node has no stage {order.index} of epoch {order.epoch}")
+        return StageWired()
 
     async def _wire(self, order: WireStage) -> StageWired:
         assert self.host is not None
@@ -180,23 +198,17 @@ class StageOrders:
         await self.host.connect(order.instance, order.epoch, order.index, wiring)
         return StageWired()
 
-    async def _stop(self, instance: str, epoch: int) -> None:
+    async def _stop(self, order: StopStage) -> None:
         assert self.host is not None
-        for starting in self._starting:
-            if starting.key.instance == instance and starting.key.epoch <= epoch:
-                starting.task.cancel()
-        await self.host.stop(instance, epoch)
+        self._cancel(
+            one
+            for one in self._starting
+            if one.key.instance == order.instance and order.since <= one.key.epoch <= order.epoch
+        )
+        await self.host.stop(order.instance, order.since, order.epoch)
 
     def _reachable_first(self, node: str, addresses: tuple[Address, ...]) -> tuple[Address, ...]:
         return reachable_first(self._own_id, self._mesh(), node, addresses)
-
-
-def _is_passed(job: LoadEngine, claim: tuple[str, int] | None) -> bool:
-    """Whether another plan than the one of this job counts: `claim` is the (owner, epoch) that does."""
-    if claim is None:
-        return False
-    owner, epoch = claim
-    return job.epoch < epoch or (job.epoch == epoch and job.owner != owner)
 
 
 def reachable_first(own_id: str, mesh: Mesh, node: str, addresses: tuple[Address, ...]) -> tuple[Address, ...]:

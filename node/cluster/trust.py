@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from swarmd.node.cluster.dialler import WHAT_TO_DO
 from swarmd.node.cluster.membership import MemberChange, MemberState
-from swarmd.node.cluster.mesh import WHAT_TO_DO, Mesh
+from swarmd.node.cluster.mesh import Mesh
 from swarmd.node.cluster.messages import TellDenials
 from swarmd.node.cluster.pin_file import load_pins, save_pins
 from swarmd.node.cluster.pins import Pins

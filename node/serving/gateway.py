@@ -50,6 +50,8 @@ class Gateway:
     `find` gives the instance that serves a model name, `launch` starts one for a model that can be had by name
     (ModelNameError, ModelFileError, OSError when it cannot), `driver_link` is a link to its driver (RemoteError
     `unreachable`), `load_front` its tokenizer and template; `changed` fires when the swarm's state has.
+
+    `streams` is how many answers are under way here; while `leaving`, no new ones are taken.
     """
 
     def __init__(
@@ -65,9 +67,13 @@ class Gateway:
         self._driver_link = driver_link
         self._load_front = load_front
         self._changed = changed
+        self.leaving = False
+        self.streams = 0
 
     async def prepare(self, request: GenerationRequest) -> Prepared:
         """Check a request against its model. Raises GenerationError; nothing is computed yet."""
+        if self.leaving:
+            raise GenerationError("node_leaving", "this node is leaving the swarm; ask another node", retry_after=5)
         if self._find(request.model) is None:
             await self._start(request.model)
         record = await self._ready(request.model, 0, READY_SECONDS)
@@ -97,6 +103,17 @@ class Gateway:
         return Prepared(request, record, front, prompt, max_tokens)
 
     async def stream(self, prepared: Prepared) -> AsyncGenerator[Piece | Ending]:
+        """The answer, ended by Ending, as `_stream` gives it."""
+        self.streams += 1
+        try:
+            async with aclosing(self._stream(prepared)) as pieces:
+                async for piece in pieces:
+                    yield piece
+        finally:
+            self.streams -= 1
+            self._changed.notify()
+
+    async def _stream(self, prepared: Prepared) -> AsyncGenerator[Piece | Ending]:
         """The answer, ended by Ending.
 
         When the driver or a stage is lost, the prompt and the tokens so far are replayed in the next epoch and the

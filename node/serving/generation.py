@@ -14,7 +14,7 @@ class GenerationError(Exception):
     """A request that cannot be answered, or an answer that cannot go on. `message` is for the user.
 
     Codes: `model_not_found`, `invalid_request` (with `param`), `context_length_exceeded`, `overloaded`,
-    `model_loading`, `not_enough_memory`, `node_lost`, `engine_error`.
+    `model_loading`, `not_enough_memory`, `node_lost`, `node_leaving`, `engine_error`.
     """
 
     def __init__(self, code: str, message: str, *, param: str | None = None, retry_after: int | None = None) -> None:

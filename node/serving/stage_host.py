@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from swarmd.discovery.records import LoadRecord
 from swarmd.node.serving.liveness import Silence
@@ -72,7 +73,8 @@ class StageStatus(NamedTuple):
     beat: EngineBeat | None
 
 
-OnLost = Callable[[LoadEngine, str], None]
+OnLost = Callable[[LoadEngine, str, bool], None]
+"""(its job, the reason, whether the fault is the stage's own and not a neighbour's)."""
 OnProgress = Callable[[LoadEngine, int, int], None]
 
 
@@ -138,20 +140,21 @@ class StageHost:
         """The stages of this node as they are now."""
         return tuple(StageStatus(c.job, c.process.pid, c.beat) for c in self._children if not c.stopping)
 
-    async def start(self, job: LoadEngine) -> EngineLoaded:
+    async def start(self, job: LoadEngine, *, beside: bool = False) -> EngineLoaded:
         """Start a stage process and wait until it holds its layers.
 
         A process of the instance, of an earlier epoch or another owner, that holds just these layers serves the new
         epoch with what it holds. Otherwise what the job replaces is ended first, for its memory: the instance's stages
         on the same device, of an earlier epoch or of another owner, and an earlier start of the same stage. Those on
-        other devices have orders of their own on the way, or are pruned. Raises RemoteError: `stale_epoch`,
+        other devices have orders of their own on the way, or are pruned. A stage that is to stand `beside` the others
+        ends and keeps nothing. Raises RemoteError: `stale_epoch`,
         `spawn_failed`, or `load_failed` with the engine's own words.
         """
         newest = max((present.epoch for present in self.jobs if present.instance == job.instance), default=0)
         if newest > job.epoch:
             raise RemoteError("stale_epoch", f"this node serves epoch {newest} already")
         key = StageKey.of(job)
-        replaced = [child for child in self._children if key.replaces(StageKey.of(child.job))]
+        replaced = [child for child in self._children if not beside and key.replaces(StageKey.of(child.job))]
         kept = next((child for child in replaced if _can_be_kept(child, job)), None)
         if kept is not None and (renewed := await self._renew(kept, job)) is not None:
             return renewed
@@ -183,9 +186,18 @@ class StageHost:
         except (LinkClosed, TimeoutError) as error:
             raise RemoteError("stage_lost", str(error)) from error
 
-    async def stop(self, instance: str, epoch: int) -> None:
-        """End the stages of an instance that are of this epoch or an earlier one."""
-        await self._end([c for c in self._children if c.job.instance == instance and c.job.epoch <= epoch])
+    def take(self, owner: str, instance: str, epoch: int, index: int) -> bool:
+        """Stage `index` of an instance belongs to another owner now; False when it is not here."""
+        found = False
+        for child in self._children:
+            if (child.job.instance, child.job.epoch, child.job.index) == (instance, epoch, index):
+                found = found or not (child.stopping or child.troubled)
+                child.job = replace(child.job, owner=owner)
+        return found
+
+    async def stop(self, instance: str, since: int, epoch: int) -> None:
+        """End the stages of an instance of the epochs `since` to `epoch`."""
+        await self._end([c for c in self._children if c.job.instance == instance and since <= c.job.epoch <= epoch])
 
     async def end(self, job: LoadEngine) -> None:
         """End the stage that holds this job, if it is still there."""
@@ -312,7 +324,7 @@ class StageHost:
             child.troubled = True
             job = child.job
             log.warning("stage %d of %s, epoch %d: %s", job.index, job.instance, job.epoch, reason)
-            self._on_lost(child.job, reason)
+            self._on_lost(child.job, reason, child.sick)
 
     async def _end(self, children: Iterable[_Child]) -> None:
         """Terminate stage processes and wait until they are gone, also those that end already; one that does not listen

@@ -41,7 +41,7 @@ async def test_they_answer_as_one_stage_and_the_loss_of_one_is_told(node: StageS
     [second] = [stage.pid for stage in node.stages if stage.job.index == 1]
     psutil.Process(second).kill()
     assert (await node.losses(2)).keys() == {0, 1}, "the one that was killed, and its neighbour in the ring"
-    await node.nodes[0].host.stop("split", 1)
+    await node.nodes[0].host.stop("split", 0, 1)
     assert [stage.job.instance for stage in node.stages] == ["alone"]
     assert await node.generate("alone", alone) == expected, "another instance goes on"
 

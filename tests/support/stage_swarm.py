@@ -39,7 +39,7 @@ class StageDaemon:
             data_dir,
             data_dir.name,
             lambda: self.port,
-            on_lost=lambda job, reason: lost.put_nowait((job.epoch, job.index, reason)),
+            on_lost=lambda job, reason, own_fault: lost.put_nowait((job.epoch, job.index, reason)),
             on_progress=lambda job, done, total: None,
             on_load=lambda: None,
         )

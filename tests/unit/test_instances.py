@@ -18,6 +18,7 @@ from swarmd.discovery.records import (
     StageRecord,
 )
 from swarmd.node.cluster.instances import Instances
+from swarmd.node.cluster.ledger import View
 from swarmd.node.cluster.messages import StageProgress, StageStarted, StageWired, StartStage, WireStage
 from swarmd.partition.costs import ModelCosts
 from swarmd.partition.plan import Promise
@@ -43,7 +44,7 @@ class Swarm:
 
     def __init__(self, *nodes: NodeRecord) -> None:
         self.orders: list[tuple[str, Struct]] = []
-        self.instances = Instances(A, lambda: list(nodes), self.order, self.changed, wire_dtype="f32", split=False)
+        self.instances = Instances(A, lambda: View(nodes), self.order, self.changed, wire_dtype="f32", split=False)
         self.ready = asyncio.Event()
 
     def changed(self) -> None:
@@ -53,6 +54,8 @@ class Swarm:
     async def order(self, to: str, order: Struct, seconds: float | None) -> Struct:
         self.orders.append((to, order))
         if isinstance(order, StartStage):
+            self.instances.on_report(to, StageProgress(order.instance, order.epoch, order.index, 5, 10))
+            self.instances.on_report(B, StageProgress(order.instance, order.epoch, order.index, 7, 10))
             return StageStarted((Address("192.0.2.1", 7000 + order.index),), 1)
         return StageWired()
 
@@ -74,9 +77,7 @@ async def test_each_stage_is_ordered_with_its_device_and_wired_by_its_index():
     wires = [order for _, order in swarm.orders if isinstance(order, WireStage)]
     assert [(o.index, o.next_node, o.next_addresses[0].port) for o in wires] == [(0, A, 7001), (1, A, 7000)]
     assert record.explanation[0].startswith("node-a (cuda:0): layers 0 to 4")
-    swarm.instances.on_report(A, StageProgress(record.id, record.epoch, 1, 5, 10))
-    swarm.instances.on_report(B, StageProgress(record.id, record.epoch, 0, 7, 10))
-    assert swarm.instances.owned[0].done_bytes == 5, "who does not hold a stage has no say"
+    assert (record.done_bytes, record.total_bytes) == (10, 20), "who does not hold a stage has no say"
     await swarm.instances.close()
 
 

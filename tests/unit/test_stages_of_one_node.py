@@ -12,10 +12,18 @@ import pytest
 from msgspec import Struct
 from support.fake_stages import FakeStages
 
-from swarmd.discovery.records import Address
-from swarmd.node.cluster import stage_orders
-from swarmd.node.cluster.messages import StageLost, StageProgress, StageStarted, StartStage, StopStage, WireStage
-from swarmd.node.cluster.stage_orders import StageOrders
+from swarmd.discovery.records import Address, Claim
+from swarmd.node.cluster.messages import (
+    StageLost,
+    StageProgress,
+    StageStarted,
+    StageWired,
+    StartStage,
+    StopStage,
+    TakeStage,
+    WireStage,
+)
+from swarmd.node.cluster.stage_orders import UNOWNED_SECONDS, UNTAKEN_SECONDS, StageOrders
 from swarmd.node.models.manifest import ModelManifest
 from swarmd.node.models.progress import Progress
 from swarmd.node.serving import stage_host
@@ -69,11 +77,18 @@ class OneNode:
         self.orders.host = stages.host = self.host
 
     async def start(
-        self, index: int, *, epoch: int = 1, owner: str = OWNER, instance: str = "i", kv_tokens: int = 64
+        self,
+        index: int,
+        *,
+        epoch: int = 1,
+        owner: str = OWNER,
+        instance: str = "i",
+        kv_tokens: int = 64,
+        beside: bool = False,
     ) -> StageStarted:
         manifest: Any = SimpleNamespace(name="tiny")
         device = ("cuda:0", "cpu", "cuda:7")[index]
-        order = StartStage(instance, epoch, index, manifest, device, 3 * index, 3 * index + 3, kv_tokens, 64)
+        order = StartStage(instance, epoch, index, manifest, device, 3 * index, 3 * index + 3, kv_tokens, 64, beside)
         started = await self.orders.carry_out(owner, order)
         assert isinstance(started, StageStarted)
         return started
@@ -156,7 +171,8 @@ async def test_a_later_plan_ends_the_stage_on_a_device_before_it_starts_its_own(
     await node.both()
     await node.start(1, epoch=2, kv_tokens=128)
     assert node.running() == [(1, 0, "cuda:0"), (2, 1, "cpu")], "the order for the other may be on its way"
-    await node.orders.prune({"i": (OWNER, 2)})
+    await node.orders.prune(claimed(OWNER, 2), 0.0)
+    await node.orders.prune(claimed(OWNER, 2), 0.1 + UNTAKEN_SECONDS)
     assert node.running() == [(2, 1, "cpu")], "or there is none"
     with pytest.raises(RemoteError, match="serves epoch 2 already"):
         await node.start(0, epoch=1)
@@ -195,7 +211,8 @@ async def test_a_plan_that_keeps_one_stage_and_has_no_use_for_the_other(node: On
     await node.both()
     kept = node.stages.running[1]
     await node.start(1, epoch=2, owner=RIVAL)
-    await node.orders.prune({"i": (RIVAL, 2)})
+    await node.orders.prune(claimed(RIVAL, 2), 0.0)
+    await node.orders.prune(claimed(RIVAL, 2), 0.1 + UNTAKEN_SECONDS)
     assert node.stages.running == [kept]
 
 
@@ -274,7 +291,8 @@ async def test_one_that_does_not_listen_is_killed(node: OneNode, monkeypatch: py
 async def test_the_plan_of_a_rival_with_the_same_epoch_replaces_all(node: OneNode):
     await node.both()
     await node.start(1, owner=RIVAL, kv_tokens=128)
-    await node.orders.prune({"i": (RIVAL, 1)})
+    await node.orders.prune(claimed(RIVAL, 1), 0.0)
+    await node.orders.prune(claimed(RIVAL, 1), 0.1 + UNTAKEN_SECONDS)
     assert [(job.owner, job.index) for job in node.host.jobs] == [(RIVAL, 1)]
     assert len(node.stages.running) == 1
 
@@ -292,21 +310,47 @@ async def test_orders_replace_those_that_still_start(node: OneNode):
     assert node.running() == [(2, 0, "cuda:0"), (2, 1, "cpu")]
 
 
-async def test_stages_of_another_plan_are_pruned_and_no_others(node: OneNode):
+def claimed(owner: str, epoch: int) -> dict[str, Claim]:
+    return {"i": Claim("i", "tiny", owner, epoch, 0)}
+
+
+async def test_stages_that_a_later_plan_does_without_are_pruned_and_no_others(node: OneNode):
     await node.both(epoch=3)
-    await node.orders.prune({"i": (OWNER, 3)})
-    assert len(node.stages.running) == 2
-    await node.orders.prune({"i": (RIVAL, 3)})
-    assert node.stages.running == []
-    await node.both(epoch=4)
-    await node.orders.prune({"i": (OWNER, 5)})
+    await node.orders.prune(claimed(OWNER, 3), 0.0)
+    await node.orders.prune(claimed(OWNER, 2), 1000.0)
+    assert len(node.stages.running) == 2, "also one that is to take over from what serves"
+    await node.orders.prune(claimed(OWNER, 4), 1000.0 + UNTAKEN_SECONDS)
+    assert len(node.stages.running) == 2, "an order that keeps them may be on its way"
+    await node.orders.prune(claimed(OWNER, 4), 1000.1 + UNTAKEN_SECONDS)
     assert node.stages.running == []
 
 
-async def test_stages_without_an_owner_are_pruned_after_a_while(node: OneNode, monkeypatch: pytest.MonkeyPatch):
+async def test_stages_that_a_new_owner_takes_stay_and_others_are_pruned(node: OneNode):
+    await node.both(epoch=3)
+    assert isinstance(await node.orders.carry_out(RIVAL, TakeStage("i", 3, 1)), StageWired)
+    await node.orders.prune(claimed(RIVAL, 3), 0.0)
+    assert len(node.stages.running) == 2, "the new owner's word may be on its way"
+    await node.orders.prune(claimed(RIVAL, 3), UNTAKEN_SECONDS + 0.1)
+    assert node.running() == [(3, 1, "cpu")]
+    with pytest.raises(RemoteError, match="no stage 0 of epoch 3"):
+        await node.orders.carry_out(RIVAL, TakeStage("i", 3, 0))
+
+
+async def test_stages_without_an_owner_are_pruned_after_a_while(node: OneNode):
     await node.both()
-    await node.orders.prune({})
+    await node.orders.prune({}, 0.0)
+    await node.orders.prune({}, UNOWNED_SECONDS)
     assert len(node.stages.running) == 2
-    monkeypatch.setattr(stage_orders, "UNOWNED_SECONDS", -1.0)
-    await node.orders.prune({})
+    await node.orders.prune({}, UNOWNED_SECONDS + 0.1)
     assert node.stages.running == []
+
+
+async def test_a_stage_beside_another_ends_nothing_and_is_stopped_alone(node: OneNode):
+    await node.both(epoch=3)
+    await node.start(1, epoch=4, beside=True)
+    assert node.running() == [(3, 0, "cuda:0"), (3, 1, "cpu"), (4, 1, "cpu")]
+    await node.orders.carry_out(OWNER, StopStage("i", 4, 4))
+    assert node.running() == [(3, 0, "cuda:0"), (3, 1, "cpu")]
+    await node.start(1, epoch=5, beside=True)
+    await node.orders.carry_out(OWNER, StopStage("i", 3))
+    assert node.running() == [(5, 1, "cpu")]
