@@ -7,15 +7,19 @@ import datetime as dt
 import socket
 import ssl
 import struct
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from msgspec import Struct
 
+from swarmd.node.cluster.messages import DAEMON_MESSAGES
+from swarmd.transport.endpoint import Endpoint
 from swarmd.transport.frames import Envelope, Flow, encode_head
 from swarmd.transport.identity import issue_credentials
-from swarmd.transport.link import PROTOCOL_VERSION, Hello
+from swarmd.transport.link import PROTOCOL_VERSION, Hello, Link, RemoteError, Role, Vocabulary
 from swarmd.transport.messages import encode_body
 from swarmd.transport.tls import ALPN, client_context
 from swarmd.transport.token import JoinToken
@@ -80,6 +84,42 @@ class BadMember:
         with _connect(port) as sock, self._context.wrap_socket(sock) as tls:
             tls.sendall(opening + struct.pack(">II", header, payload) + bytes(4096))
             return _read_all(tls)
+
+
+class Mallory:
+    """A member gone bad: it belongs to the swarm, and says what it likes over links that are as they should be."""
+
+    def __init__(self, token: JoinToken) -> None:
+        credentials = issue_credentials(Ed25519PrivateKey.generate(), token)
+        self._role: Role = "daemon"
+        self.endpoint = Endpoint(
+            credentials,
+            Vocabulary(DAEMON_MESSAGES),
+            self,
+            hello=lambda: Hello(PROTOCOL_VERSION, self._role, "mallory", "0"),
+        )
+
+    async def dial(self, port: int, role: Role = "daemon") -> Link:
+        """A link to a process of this machine."""
+        self._role = role
+        return await self.endpoint.dial("127.0.0.1", port)
+
+    async def on_link(self, link: Link) -> None:
+        """Glad to be in."""
+
+    async def on_message(self, link: Link, message: Struct, payload: bytearray) -> None:
+        """Deaf."""
+
+    async def on_request(self, link: Link, message: Struct, payload: bytearray) -> Struct:
+        """Not helpful either."""
+        raise RemoteError("no", "no")
+
+    def on_stream(self, link: Link, message: Struct, payload: bytearray) -> AsyncIterator[Struct]:
+        """Nor that."""
+        raise RemoteError("no", "no")
+
+    async def on_closed(self, link: Link, reason: str) -> None:
+        """So what."""
 
 
 def _connect(port: int) -> socket.socket:

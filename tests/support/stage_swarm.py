@@ -67,9 +67,10 @@ class StageSwarm:
     """Nodes, each with one stage of an instance, or several. `lost` gets (epoch, index, reason) of each loss."""
 
     def __init__(self, root: Path, nodes: int) -> None:
-        token = JoinToken.generate()
+        self.token = JoinToken.generate()
+        self.ports: list[int] = []  # of the stages that were brought up last
         self.lost: asyncio.Queue[tuple[int, int, str]] = asyncio.Queue()
-        self.nodes = [StageDaemon(root / f"node{index}", token, self.lost) for index in range(nodes)]
+        self.nodes = [StageDaemon(root / f"node{index}", self.token, self.lost) for index in range(nodes)]
 
     @property
     def stages(self) -> list[StageStatus]:
@@ -83,10 +84,12 @@ class StageSwarm:
             for index, (start, end) in enumerate(itertools.pairwise(cuts))
         ]
         loaded = await asyncio.gather(*(self._node(job.index).host.start(job) for job in jobs))
+        self.ports = [one.port for one in loaded]
         for index in range(len(jobs)):
             following = (index + 1) % len(jobs)
             address = Address(HERE, loaded[following].port)
-            wiring = Connect(len(jobs), self._node(following).credentials.node_id, (address,), "f32")
+            previous = self._node((index or len(jobs)) - 1).credentials.node_id
+            wiring = Connect(len(jobs), self._node(following).credentials.node_id, (address,), "f32", previous)
             await self._node(index).host.connect(instance, epoch, index, wiring)
         return loaded[0].port
 
