@@ -32,6 +32,7 @@ from swarmd.node.models.manifest import ModelManifest
 from swarmd.partition.costs import ModelCosts
 from swarmd.partition.plan import Promise
 from swarmd.transport.link import LinkClosed, RemoteError
+from swarmd.transport.log_limit import LogLimit
 
 log = logging.getLogger("swarmd.instances")
 
@@ -70,6 +71,7 @@ class Instances:
         self._ledger = Ledger(own_id, split=split)
         self._manifests: dict[str, ModelManifest] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._limit = LogLimit()
 
     @property
     def owned(self) -> tuple[InstanceRecord, ...]:
@@ -126,9 +128,12 @@ class Instances:
         self._ledger.on_gone(node, time.monotonic())
 
     def on_report(self, sender: str, report: StageProgress | StageLost) -> None:
-        """A member reports on a stage that this node ordered of it; reports on others' stages are ignored."""
+        """A member reports on a stage that this node ordered of it; reports on others' stages are refused."""
         owned = self._ledger.owned.get(report.instance)
         if owned is None or not _carries(owned, report, sender):
+            # What is about an earlier epoch, or instances given up, is late and not wrong.
+            if owned is not None and report.epoch >= owned.record.epoch:
+                self._log_liar(sender)
             return
         if isinstance(report, StageProgress):
             done, total = report.done_bytes, report.total_bytes
@@ -140,6 +145,10 @@ class Instances:
                 report.instance, report.epoch, report.reason, time.monotonic(), culprit=culprit
             )
         )
+
+    def _log_liar(self, sender: str) -> None:
+        if self._limit.admit(sender, time.monotonic()) is not None:
+            log.warning("node %s reports on a stage that it does not hold; refused", sender[:12])
 
     async def close(self) -> None:
         """Stop acting; the members' stages end with their own daemons or their next orders."""

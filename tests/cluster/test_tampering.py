@@ -30,6 +30,7 @@ from swarmd.node.cluster.messages import (
     ModelChunk,
     Publish,
     StageLost,
+    StageProgress,
     StageWired,
     StartStage,
     StopStage,
@@ -221,6 +222,7 @@ async def _poses_as_stage(victim: Victim) -> None:
         await link.wait_closed()
 
 
+LIAR = "reports on a stage that it does not hold"
 DAEMON_ROWS: dict[str, tuple[Callable[[Victim], Awaitable[Any]], str]] = {
     "a record of another node": (
         lambda v: v.link.send(v.record(id=v.node.id)),
@@ -256,8 +258,11 @@ DAEMON_ROWS: dict[str, tuple[Callable[[Victim], Awaitable[Any]], str]] = {
     "a stage process of another node": (_poses_as_stage, "this node has not started that stage process"),
     # What is late in an honest swarm leaves no line, and no trace either.
     "the end of an old epoch": (lambda v: v.link.request(StopStage(v.instance, 0)), ""),
-    "the loss of another's stage": (lambda v: v.link.send(StageLost(v.instance, 1, 0, "gone")), ""),
-    "the loss of no stage": (lambda v: v.link.send(StageLost(v.instance, 1, 99, "gone")), ""),
+    "the loss of another's stage long ago": (lambda v: v.link.send(StageLost(v.instance, 0, 0, "gone")), ""),
+    "the loss of a stage of no instance": (lambda v: v.link.send(StageLost("i", 1, 0, "gone")), ""),
+    "the loss of another's stage": (lambda v: v.link.send(StageLost(v.instance, 1, 0, "gone")), LIAR),
+    "the loss of no stage": (lambda v: v.link.send(StageLost(v.instance, 1, 99, "gone")), LIAR),
+    "progress of another's stage": (lambda v: v.link.send(StageProgress(v.instance, 1, 0, 9, 9)), LIAR),
 }
 
 
