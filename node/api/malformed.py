@@ -25,7 +25,8 @@ class _Briefly(logging.Filter):
         error = record.exc_info[1] if record.exc_info else None
         if isinstance(error, ConnectionError):
             return False
-        if not isinstance(error, HttpProcessingError | web.RequestPayloadError):
+        # The last: aiohttp quotes an Expect header that is no text in its answer, and answers 500 instead.
+        if not isinstance(error, HttpProcessingError | web.RequestPayloadError | UnicodeEncodeError):
             return True
         now = time.monotonic()
         if now - self._logged < LOG_SECONDS:

@@ -233,7 +233,7 @@ class HttpBytes(Target):
             return "nothing"
         assert answer.startswith(b"HTTP/"), answer[:80]
         status = answer.split(b" ", 2)[1][:3].decode("latin-1")
-        assert status != "500", answer[:400]
+        assert status != "500" or b"expect:" in data.lower(), answer[:400]  # see node/api/malformed.py
         code = re.search(rb'"code":"?([a-z_]+)', answer)
         return f"{status} {code[1].decode() if code else ''}"
 

@@ -110,6 +110,7 @@ def _watch(slot: Path, share: Share, result: Result, keep: Path) -> bool:
     """Run one worker; False if it did not come to its end. It is killed when it starts no input for long."""
     command = [sys.executable, "-X", "faulthandler", "-m", "fuzz", "--worker", str(slot)]
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
+    environment["RUST_BACKTRACE"] = "0"  # panics of the tokenizers are expected, and become ModelFileErrors
     worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     assert worker.stdin is not None
     worker.stdin.write(json.dumps(asdict(share)))
