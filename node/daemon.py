@@ -13,6 +13,7 @@ from msgspec import Struct
 from swarmd.discovery.addresses import advertised, usable_addresses
 from swarmd.discovery.mdns import MdnsDiscovery
 from swarmd.discovery.records import ModelSummary, NodeRecord
+from swarmd.node.cluster.admission import Admission
 from swarmd.node.cluster.instances import Instances
 from swarmd.node.cluster.launcher import Launcher
 from swarmd.node.cluster.ledger import View
@@ -22,6 +23,7 @@ from swarmd.node.cluster.mesh import Mesh
 from swarmd.node.cluster.messages import DAEMON_MESSAGES, StageLost, StageProgress
 from swarmd.node.cluster.model_exchange import ModelExchange
 from swarmd.node.cluster.model_fronts import ModelFronts
+from swarmd.node.cluster.order_limits import OrderLimits
 from swarmd.node.cluster.own_record import OwnRecord
 from swarmd.node.cluster.signal import Signal
 from swarmd.node.cluster.stage_orders import StageOrders, deliver_over_link, reachable_first
@@ -98,6 +100,7 @@ class Daemon:
             on_load=self._refresh,
         )
         self.orders.host = self.host
+        self.orders.admission = Admission(OrderLimits(lambda: self.hardware.limits), self.exchange)
 
     def _build_instances(self) -> None:
         settings = self.settings

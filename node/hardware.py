@@ -93,6 +93,11 @@ class Hardware:
         """The devices' ids."""
         return tuple(self._devices)
 
+    @property
+    def limits(self) -> dict[str, int]:
+        """Bytes that models may take on each device, by its id."""
+        return {name: device.limit for name, device in self._devices.items()}
+
     async def find(self, wanted: Sequence[str]) -> None:
         """Look for the devices `wanted` (ids, or `auto`), in a process of its own if that may find any but the CPU.
 

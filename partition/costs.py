@@ -25,3 +25,10 @@ class ModelCosts(msgspec.Struct, frozen=True):
     def n_layers(self) -> int:
         """Number of decoder layers to be divided among the stages."""
         return len(self.layer_bytes)
+
+    def stage_bytes(self, start: int, end: int, kv_tokens: int) -> int:
+        """All bytes that layers [start, end) need on one device, with KV room for so many tokens."""
+        first, last = start == 0, end == self.n_layers
+        total = sum(self.layer_bytes[start:end]) + (end - start) * self.kv_bytes_per_token * kv_tokens
+        total += self.workspace_bytes + self.embedding_bytes * first + self.head_bytes * last
+        return total - self.shared_bytes * (first and last)

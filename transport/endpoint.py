@@ -28,6 +28,9 @@ __all__ = ["Endpoint", "LinkRefused"]
 log = logging.getLogger("swarmd.transport")
 
 HANDSHAKE_SECONDS = 5.0
+MAX_LINKS_OF_NODE = 8
+"""Accepted from one other node. Two daemons need one, for a moment two; a stage's process one for each of its uses."""
+MAX_LINKS = 1024
 _MAX_RESOLVED = 8
 
 
@@ -179,6 +182,8 @@ class Endpoint:
             on_breach=self._log_breach,
         )
         late = "this node is shutting down" if self._closed else self._refused.get(introduction.peer_id)
+        if late is None and server_side:
+            late = self._crowded(introduction.peer_id)
         if late is not None:
             tls.close()
             raise LinkRefused(late)
@@ -197,6 +202,14 @@ class Endpoint:
             await watcher
             raise LinkRefused("this node could not take the link; its log says why") from error
         return link
+
+    def _crowded(self, peer_id: str) -> str | None:
+        """Why another link with this node is one too many. The processes of this node itself do not count."""
+        if peer_id == self.node_id:
+            return None
+        if sum(link.peer_id == peer_id for link in self._links) >= MAX_LINKS_OF_NODE:
+            return f"node {peer_id[:12]} has {MAX_LINKS_OF_NODE} links with this process already"
+        return f"this process has {MAX_LINKS} links already" if len(self._links) >= MAX_LINKS else None
 
     async def _watch(self, link: Link) -> None:
         await link.wait_closed()

@@ -9,7 +9,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from swarmd.transport.frames import Buffer, Flow, FrameError
+from swarmd.transport.frames import Buffer, Flow, FrameError, payload_view
 from swarmd.transport.messages import LinkClosed, RemoteError
 from swarmd.transport.streams import RemoteStream, SendWindow, produce
 
@@ -17,6 +17,7 @@ log = logging.getLogger("swarmd.transport")
 
 MAX_ANSWERING = 256
 MAX_ANSWERING_BYTES = 256 * 1024 * 1024
+MAX_UNREAD_BYTES = 128 * 1024 * 1024
 
 Answer = Struct | tuple[Struct, Buffer]
 Reply = tuple[Struct, bytearray]
@@ -110,6 +111,7 @@ class Answering:
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._windows: dict[int, SendWindow] = {}
         self._bytes = 0
+        self._unread = 0  # bytes of answers that are not handed to the network yet
         self._last_id = 0
 
     def request(self, exchange_id: int, size: int, answer: Callable[[], Awaitable[Answer]]) -> None:
@@ -118,7 +120,14 @@ class Answering:
         async def work() -> None:
             result = await answer()
             message, payload = result if isinstance(result, tuple) else (result, b"")
-            await self._send(Flow.REPLY, exchange_id, message, payload)
+            count = payload_view(payload).nbytes
+            if self._unread and self._unread + count > MAX_UNREAD_BYTES:
+                raise RemoteError("busy", "more is asked for on this link than is read; try again")
+            self._unread += count
+            try:
+                await self._send(Flow.REPLY, exchange_id, message, payload)
+            finally:
+                self._unread -= count
 
         self._start(exchange_id, size, work)
 

@@ -12,6 +12,7 @@ from msgspec import Struct
 
 from swarmd.discovery.addresses import advertised
 from swarmd.discovery.records import Address, Claim
+from swarmd.node.cluster.admission import Admission
 from swarmd.node.cluster.mesh import Mesh
 from swarmd.node.cluster.messages import (
     StageFetched,
@@ -25,8 +26,10 @@ from swarmd.node.cluster.messages import (
     WireStage,
 )
 from swarmd.node.cluster.model_exchange import ModelExchange
+from swarmd.node.cluster.order_limits import OrderRefusedError
 from swarmd.node.models.errors import ModelFileError
 from swarmd.node.models.progress import Progress
+from swarmd.node.models.wheel_source import ModelSourceError
 from swarmd.node.serving.messages import Connect, Kernels, LoadEngine
 from swarmd.node.serving.stage_host import StageHost, StageKey
 from swarmd.transport.link import LinkClosed, RemoteError
@@ -82,6 +85,7 @@ class StageOrders:
         self.draft_path: Path | None = None
         self._wanted: dict[LoadEngine, float] = {}
         self.host: StageHost | None = None
+        self.admission: Admission | None = None
 
     async def carry_out(self, owner: str, order: Struct) -> Struct:
         """Do what `owner` orders. Raises RemoteError with the reason when it cannot be done."""
@@ -157,8 +161,14 @@ class StageOrders:
             self._deliver(owner, StageProgress(order.instance, order.epoch, order.index, done, total))
 
         try:
+            if self.admission is not None:
+                key = StageKey(order.instance, owner, order.epoch, order.index)
+                await self.admission.check(key, order, self._present, fetched)
             path, sparse = await self._exchange.stage_file(order.model, order.start, order.end, fetched)
-        except (ModelFileError, OSError) as error:
+        except OrderRefusedError as error:
+            log.warning("an order of %s is refused: %s", owner[:12], error)
+            raise RemoteError("refused", str(error)) from error
+        except (ModelFileError, ModelSourceError, OSError) as error:
             raise RemoteError("fetch_failed", str(error)) from error
         if order.fetch_only:
             return StageFetched()
@@ -190,6 +200,10 @@ class StageOrders:
         if not self.host.take(owner, order.instance, order.epoch, order.index):
             raise RemoteError("stale_epoch", f"this node has no stage {order.index} of epoch {order.epoch}")
         return StageWired()
+
+    def _present(self) -> set[StageKey]:
+        assert self.host is not None
+        return {starting.key for starting in self._starting} | set(map(StageKey.of, self.host.jobs))
 
     async def _wire(self, order: WireStage) -> StageWired:
         assert self.host is not None

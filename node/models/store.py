@@ -28,6 +28,8 @@ log = logging.getLogger("swarmd.models")
 
 MAX_RANGE = MAX_CHUNK_SIZE
 """Bytes that one `read_range` may ask for."""
+KEPT_FREE = 512 << 20
+"""Bytes of the disk that no download takes (of a small disk 2 %): what else the machine does needs some."""
 
 
 class RangeUnavailableError(LookupError):
@@ -239,11 +241,12 @@ class ModelStore:
         return manifest
 
     def _require_space(self, size: int, name: str) -> None:
-        free = shutil.disk_usage(self._directory).free
-        if free < size:
+        disk = shutil.disk_usage(self._directory)
+        kept = min(KEPT_FREE, disk.total // 50)
+        if disk.free < size + kept:
             raise ModelSourceError(
-                f"{name} needs {size / 1e6:.0f} MB in {self._directory}, {free / 1e6:.0f} MB are free; "
-                "make room there or choose another folder with --data-dir"
+                f"{name} needs {size / 1e6:.0f} MB in {self._directory}, {disk.free / 1e6:.0f} MB are free, of which "
+                f"{kept / 1e6:.0f} MB are left to others; make room there or choose another folder with --data-dir"
             )
 
 

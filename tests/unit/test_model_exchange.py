@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,8 @@ from swarmd.node.engine.tensors import tensor_shapes
 from swarmd.node.models.checkpoint import open_checkpoint
 from swarmd.node.models.errors import ModelFileError
 from swarmd.node.models.manifest import ModelManifest
-from swarmd.node.models.store import ModelStore
+from swarmd.node.models.store import KEPT_FREE, ModelStore
+from swarmd.node.models.wheel_source import ModelSourceError
 from swarmd.transport.link import LinkClosed
 
 MODEL = TinyModel(n_layers=4, hidden_size=256, ffn_size=512)
@@ -133,3 +135,12 @@ async def test_without_a_holder_it_says_so(pair: Pair) -> None:
         link.broken = True
     with pytest.raises(ModelFileError, match="no node that is up can send chunk"):
         await pair.fetching.header(pair.manifest, ignore)
+
+
+async def test_nothing_is_fetched_that_would_fill_the_disk(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a disk some is left to whatever else the machine does."""
+    disk = shutil.disk_usage("/")._replace(total=100 << 30, free=KEPT_FREE + 10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: disk)
+    with pytest.raises(ModelSourceError, match=r"are free, of which 537 MB are left to others.*--data-dir"):
+        await pair.fetching.stage_file(pair.manifest, 0, 1, ignore)
+    assert [link.chunks for link in pair.links] == [[], []]
