@@ -215,7 +215,9 @@ class Ledger:
             suspects=view.suspects,
             leaving=frozenset(node.id for node in view.nodes if node.leaving),
             avoided=self._trouble.avoided(now),
-            cut=frozenset(frozenset((node.id, other)) for node in view.nodes for other in node.cut_off),
+            cut=frozenset(
+                frozenset((node.id, other)) for node in view.nodes for other in node.cut_off if other != node.id
+            ),
         )
 
     def _used_by_others(self, instance_id: str, nodes: Sequence[NodeRecord]) -> Mapping[tuple[str, str], int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fuzz.cluster_targets import Records
 from fuzz.discovery_targets import Mdns, Typed
 from fuzz.engine import Target
 from fuzz.http_targets import HttpBodies, HttpBytes
@@ -14,6 +15,7 @@ TARGETS: dict[str, type[Target]] = {
         Frames,
         Messages,
         Links,
+        Records,
         Gguf,
         GgufTokenizers,
         Safetensors,
