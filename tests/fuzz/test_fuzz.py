@@ -50,7 +50,7 @@ def test_a_short_run_of_all_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     results = list(supervise(6_000, 0, 7, [], tmp_path))
     assert [result.target for result in results] == list(TARGETS)
     assert [failure for result in results for failure in result.failures] == []
-    assert all(result.inputs > 50 and result.outcomes > 1 for result in results)
+    assert all(result.inputs >= 20 and result.outcomes > 1 for result in results)
 
 
 def test_the_same_seed_gives_the_same_inputs() -> None:

@@ -102,6 +102,8 @@ class Sampler:
 
     def _float(self, random: Random, info: Any, depth: int) -> float:
         low, high = (-1e30 if info.ge is None else info.ge), (1e30 if info.le is None else info.le)
+        if info.gt is not None:
+            low = info.gt + 0.5
         return min(max(random.choice((0.0, 0.5, 1.0, 1e9, random.random())), low), high)
 
     def _text(self, random: Random, info: Any, depth: int) -> str:
