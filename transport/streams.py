@@ -10,6 +10,7 @@ from typing import Protocol
 from msgspec import Struct
 
 from swarmd.transport.frames import Buffer, FrameError
+from swarmd.transport.messages import LinkClosed
 
 # Items that may be on their way without having been taken by the reader.
 STREAM_WINDOW = 256
@@ -76,6 +77,12 @@ class RemoteStream:
         self._items.clear()
         self._taken += len(items)
         return items
+
+    def abandon(self, reason: str) -> None:
+        """Cancel the stream there, and end it here with `LinkClosed`: who reads it waits no longer."""
+        if not self._ended:
+            self._link.abandon_stream(self._id)
+            self.finish(LinkClosed(reason))
 
     def deliver(self, item: Struct) -> None:
         """Take an item from the receive loop; `FrameError` if the other side ignores the window."""

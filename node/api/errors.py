@@ -17,6 +17,7 @@ _STATUS = {
     "node_lost": 503,
     "node_leaving": 503,
     "engine_error": 500,
+    "deadline": 504,
 }
 
 
@@ -42,7 +43,7 @@ class ApiError(Exception):
     @classmethod
     def of(cls, error: GenerationError) -> ApiError:
         """The API's word for an error of the token stream."""
-        status = _STATUS.get(error.code, 500)
+        status = 503 if error.unavailable else _STATUS.get(error.code, 500)
         return cls(status, error.message, param=error.param, code=error.code, retry_after=error.retry_after)
 
     def body(self) -> dict[str, object]:

@@ -44,7 +44,8 @@ class Driver:
 
     `run_step` hands a planned step to the first stage. With `speculation`, tokens are guessed ahead; guesses that take
     time are made by `make_guesses`. One driver serves one epoch; when the pipeline breaks, `fail` ends every request
-    with a typed error, so that its entry node can replay it in the next epoch. `clock` gives seconds. `numbers` are
+    with a typed error, so that its entry node can replay it in the next epoch. `on_sick` hears when the pipeline can
+    compute nothing for anybody, though it lives. `clock` gives seconds. `numbers` are
     those of its sequences: one that two drivers have in common would mean one sequence to what guesses.
     """
 
@@ -72,6 +73,7 @@ class Driver:
         self._wake = asyncio.Event()
         self._failure: RemoteError | None = None
         self.profile: Profile | None = None
+        self.on_sick: Callable[[str], None] = lambda reason: self.fail("stage_lost", reason)
 
     @property
     def load(self) -> LoadRecord:
@@ -151,11 +153,14 @@ class Driver:
             self._learn(sent, message.times, round_trip_us)
 
     def on_step_failed(self, message: StepFailed) -> None:
-        """A stage could not run a step: the requests in it end, the others go on."""
+        """A stage could not run a step: its sequences are tried again, each alone; who fails alone ends."""
         self._sent.pop(message.step, None)
-        for sequence in self._scheduler.on_failed(message.step):
+        failure = self._scheduler.on_failed(message.step, own=message.own)
+        for sequence in failure.ended:
             if request := self._requests.get(sequence.seq):
                 request.outcomes.put_nowait(RemoteError("engine_error", message.reason))
+        if failure.sick:
+            self.on_sick(message.reason)
         self._wake.set()
 
     def fail(self, code: str, reason: str) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import random
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 
 from msgspec.structs import replace
@@ -17,15 +19,19 @@ from swarmd.node.models.errors import ModelFileError
 from swarmd.node.models.text_process import ModelText, TextTooLongError, TooBusyError
 from swarmd.node.serving.generation import Ending, GenerationError, GenerationRequest, Piece
 from swarmd.node.serving.messages import Finished, Generate, Token
+from swarmd.node.serving.recovery import Attempt, Fail, Patience, Recovery, lacks_memory
 from swarmd.node.serving.text_stream import TextStream
-from swarmd.transport.link import Link, LinkClosed, RemoteError
+from swarmd.transport.link import Link, LinkClosed, RemoteError, RemoteStream
 
 log = logging.getLogger("swarmd.gateway")
 
 READY_SECONDS = 30.0
-RECOVERY_SECONDS = 9.0
-# What a driver says when another one, of a later epoch, will answer.
-_LOST_CODES = frozenset({"stage_lost", "stale_epoch", "not_driver", "unreachable"})
+WATCH_SECONDS = 0.5
+# What a driver says when another one, of a later epoch, will answer; those of the second kind accuse nobody.
+_LOST_CODES = frozenset({"stage_lost", "unreachable"})
+_MOVED_CODES = frozenset({"stale_epoch", "not_driver"})
+# What it says when it has too many requests: all places taken, or all taken for too long.
+_BUSY_CODES = frozenset({"overloaded", "busy", "queue_timeout"})
 
 FindInstance = Callable[[str], InstanceRecord | None]
 DriverLink = Callable[[InstanceRecord], Awaitable[Link]]
@@ -61,6 +67,7 @@ class Gateway:
         driver_link: DriverLink,
         load_front: LoadFront,
         changed: Signal,
+        patience: Patience = Patience(),  # noqa: B008 - frozen
     ) -> None:
         self._find = find
         self._launch = launch
@@ -69,6 +76,7 @@ class Gateway:
         self._changed = changed
         self.leaving = False
         self.streams = 0
+        self._patience = patience
 
     async def prepare(self, request: GenerationRequest) -> Prepared:
         """Check a request against its model. Raises GenerationError; nothing is computed yet."""
@@ -117,27 +125,43 @@ class Gateway:
         """The answer, ended by Ending.
 
         When the driver or a stage is lost, the prompt and the tokens so far are replayed in the next epoch and the
-        answer goes on; if none comes in time, GenerationError `node_lost`.
+        answer goes on, as `Recovery` decides. Raises GenerationError when it cannot.
         """
         text = TextStream(prepared.front.tokenizer, prepared.request.stop, continues=prepared.request.messages is None)
-        record, lost_at = prepared.record, 0.0
+        recovery = Recovery(time.monotonic(), random.random(), self._patience)
+        record: InstanceRecord | None = prepared.record
         while True:
-            try:
-                async with aclosing(self._attempt(prepared, record, text)) as pieces:
-                    async for piece in pieces:
-                        lost_at = 0.0
-                        yield piece
-                return
-            except (LinkClosed, RemoteError) as error:
-                reason = _lost_or_raise(error)
-            lost_at = lost_at or time.monotonic()
-            log.warning("the pipeline of %s was lost (%s); waiting for the next epoch", record.model.name, reason)
-            record = await self._next_epoch(prepared.request.model, record, lost_at, reason)
+            match recovery.next(record, time.monotonic()):
+                case Fail(code=code, message=message, retry_after=retry_after):
+                    raise GenerationError(code, message, retry_after=retry_after)
+                case Attempt(record=chosen):
+                    try:
+                        async with aclosing(self._attempt(prepared, chosen, text, recovery)) as pieces:
+                            async for piece in pieces:
+                                yield piece
+                        return
+                    except (LinkClosed, RemoteError) as error:
+                        self._lose(chosen, error, recovery)
+                case wait:
+                    await self._changed.wait(max(0.0, wait.until - time.monotonic()))
+            record = self._find(prepared.request.model)
+
+    def _lose(self, record: InstanceRecord, error: LinkClosed | RemoteError, recovery: Recovery) -> None:
+        """An attempt came to its end. Raises GenerationError when no other would do better."""
+        code = error.code if isinstance(error, RemoteError) else "stage_lost"
+        reason = error.message if isinstance(error, RemoteError) else error.reason
+        moved = code in _MOVED_CODES
+        if code in _BUSY_CODES and recovery.recovering:
+            moved = True  # an answer that has begun waits for its place
+        elif code not in _LOST_CODES and not moved:
+            raise _refusal(code, reason) from error
+        log.warning("the pipeline of %s, epoch %d, was lost (%s)", record.model.name, record.epoch, reason)
+        recovery.on_lost(reason, time.monotonic(), moved=moved)
 
     async def _attempt(
-        self, prepared: Prepared, record: InstanceRecord, text: TextStream
+        self, prepared: Prepared, record: InstanceRecord, text: TextStream, recovery: Recovery
     ) -> AsyncGenerator[Piece | Ending]:
-        """Stream from one driver; raises LinkClosed or RemoteError when it is lost."""
+        """Stream from one driver; raises LinkClosed or RemoteError when it is lost or given up."""
         n_prompt, left = len(prepared.prompt), prepared.max_tokens - len(text.tokens)
         if left <= 0:
             yield text.finish()
@@ -152,11 +176,12 @@ class Gateway:
             stop_tokens=tuple(sorted(prepared.front.tokenizer.eos_ids)),
         )
         link = await self._driver_link(record)
-        async with link.stream(order) as items:
+        async with link.stream(order) as items, self._watching(items, prepared.request.model, recovery):
             async for item in items:
                 # What came together goes on together.
                 came = (item, *items.arrived())
                 if tokens := [token for token in came if isinstance(token, Token)]:
+                    recovery.on_tokens(time.monotonic())
                     yield text.push(*tokens)
                     if text.stopped:
                         yield Ending("stop", n_prompt, len(text.tokens))
@@ -167,6 +192,21 @@ class Gateway:
                     yield Ending(reason, n_prompt, len(text.tokens))
                     return
         raise LinkClosed("the driver ended the stream early")
+
+    @asynccontextmanager
+    async def _watching(self, items: RemoteStream, model: str, recovery: Recovery) -> AsyncGenerator[None]:
+        """Give an attempt up when another epoch serves, which a driver that stands still tells nobody."""
+
+        async def watch() -> None:
+            while not recovery.abandon(self._find(model), time.monotonic()):
+                await self._changed.wait(WATCH_SECONDS)
+            items.abandon("its epoch is over, or its driver stands still")
+
+        watching = asyncio.create_task(watch())
+        try:
+            yield
+        finally:
+            watching.cancel()
 
     async def _start(self, model: str) -> None:
         """The first request for a model starts it. Paths are for the command line: a client names models."""
@@ -186,7 +226,7 @@ class Gateway:
             record = self._find(model)
             if record is not None and record.state is InstanceState.READY and record.epoch > above_epoch:
                 return record
-            if record is not None and record.state is InstanceState.WAITING and "missing" in record.reason:
+            if record is not None and lacks_memory(record):
                 raise GenerationError("not_enough_memory", record.reason, retry_after=10)
             left = deadline - time.monotonic()
             if left <= 0:
@@ -198,31 +238,14 @@ class Gateway:
                 )
             await self._changed.wait(left)
 
-    async def _next_epoch(self, model: str, lost: InstanceRecord, lost_at: float, reason: str) -> InstanceRecord:
-        left = lost_at + RECOVERY_SECONDS - time.monotonic()
-        try:
-            if left <= 0:
-                raise GenerationError("node_lost", reason)
-            return await self._ready(model, lost.epoch, left)
-        except GenerationError as error:
-            raise GenerationError(
-                "node_lost",
-                f"a node of the pipeline was lost and no other could go on with the answer in time ({error.message})",
-                retry_after=10,
-            ) from error
 
-
-def _lost_or_raise(error: LinkClosed | RemoteError) -> str:
-    """Why a driver was lost, in words; GenerationError when it answered that the request cannot be served."""
-    if isinstance(error, LinkClosed):
-        return error.reason
-    if error.code in _LOST_CODES:
-        return error.message
-    if error.code == "overloaded":
-        raise GenerationError("overloaded", error.message, retry_after=2) from error
-    if error.code == "invalid":
-        raise GenerationError("context_length_exceeded", error.message) from error
-    raise GenerationError("engine_error", error.message) from error
+def _refusal(code: str, message: str) -> GenerationError:
+    """What a driver said about a request that it does not serve."""
+    if code in _BUSY_CODES:
+        return GenerationError("overloaded", message, retry_after=2, unavailable=code == "queue_timeout")
+    if code == "invalid":
+        return GenerationError("context_length_exceeded", message)
+    return GenerationError("deadline" if code == "deadline" else "engine_error", message)
 
 
 def _too_long(request: GenerationRequest, record: InstanceRecord, tokens: str) -> GenerationError:

@@ -14,15 +14,26 @@ class GenerationError(Exception):
     """A request that cannot be answered, or an answer that cannot go on. `message` is for the user.
 
     Codes: `model_not_found`, `invalid_request` (with `param`), `context_length_exceeded`, `overloaded`,
-    `model_loading`, `not_enough_memory`, `node_lost`, `node_leaving`, `engine_error`.
+    `model_loading`, `not_enough_memory`, `node_lost`, `node_leaving`, `deadline`, `engine_error`. An `overloaded` swarm
+    takes no more for the moment; if it is `unavailable`, it took the request and could not serve it, or this node
+    takes no more.
     """
 
-    def __init__(self, code: str, message: str, *, param: str | None = None, retry_after: int | None = None) -> None:
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        *,
+        param: str | None = None,
+        retry_after: int | None = None,
+        unavailable: bool = False,
+    ) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
         self.param = param
         self.retry_after = retry_after
+        self.unavailable = unavailable
 
 
 @dataclass(frozen=True)

@@ -202,11 +202,15 @@ class Sampled(Struct, frozen=True, tag="ring.sampled"):
 
 
 class StepFailed(Struct, frozen=True, tag="ring.failed"):
-    """A stage could not run a step; handed on around the ring to the driver."""
+    """A stage could not run a step; handed on around the ring to the driver.
+
+    `own`: by what the step asks for, so that any stage in its place would fail; else perhaps by the stage's own state.
+    """
 
     epoch: int
     step: int
     reason: str
+    own: bool = False
 
 
 class Generate(Struct, frozen=True, tag="generate"):

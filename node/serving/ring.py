@@ -68,6 +68,8 @@ class RingStage:
     ) -> None:
         self.following: Link | None = None
         self.driver: Driver | None = None
+        # In a row, by the state of this stage.
+        self.failures = 0
         self._engine = engine
         self._epoch = epoch
         self._dtype: WireDtype = dtype
@@ -156,10 +158,13 @@ class RingStage:
         if self._ended:
             return
         if not isinstance(outcome, BaseException):
+            self.failures = 0
             self._hand_on(step, outcome, clock)
         elif isinstance(outcome, RuntimeError | ValueError | MemoryError):
             log.error("step %d failed", step.step, exc_info=outcome)
-            self.on_failed(StepFailed(self._epoch, step.step, f"{type(outcome).__name__}: {outcome}"))
+            own = _is_own(outcome)
+            self.failures += not own
+            self.on_failed(StepFailed(self._epoch, step.step, f"{type(outcome).__name__}: {outcome}", own))
         else:
             self.end()
             self._on_broken(outcome)
@@ -221,6 +226,13 @@ def _add(times: StepTimes, clock: _Clock) -> StepTimes:
     compute = int((clock.ended - clock.began) * 1e6)
     wait = int((clock.began - clock.arrived) * 1e6)
     return StepTimes(times.compute_us + compute, max(times.slowest_us, compute), times.wait_us + wait)
+
+
+def _is_own(error: Exception) -> bool:
+    """Whether a step failed by what it asks for, not by the state of the stage."""
+    from swarmd.node.engine.stage_compute import KvExhausted, StepError
+
+    return isinstance(error, KvExhausted | StepError | ValueError)
 
 
 def watch(task: asyncio.Task[None], on_failure: Callable[[BaseException], None]) -> None:

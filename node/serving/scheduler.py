@@ -16,6 +16,7 @@ from swarmd.node.serving.kv_room import KvRoom
 from swarmd.node.serving.messages import Chunk, Opening, StepTimes
 from swarmd.node.serving.sequences import Phase, Sequence
 from swarmd.node.serving.steps import Choices, Limits, PlannedStep, Progress, QueueFull, answered
+from swarmd.node.serving.suspects import Failure, Suspects, Verdict
 
 UNMEASURED = StepTimes()
 
@@ -38,6 +39,9 @@ class Scheduler:
         self._prefilling: Sequence | None = None
         self._decoding = 0
         self._ready: deque[Sequence] = deque()
+        # Those of steps that failed, who run alone until it is known whose fault it was; and whether they did last.
+        self._suspects = Suspects()
+        self._tried_alone = False
         self._next_pipeline_id = 0
 
     @property
@@ -97,6 +101,8 @@ class Scheduler:
         """The next step, or None when the pipeline is full or nothing is ready."""
         if self._in_flight.full:
             return None
+        if (alone := self._try_alone()) is not None:
+            return alone
         # Who is talking takes the KV room that it needs before anybody new is let in: nothing is opened only to be
         # put back in the same step.
         chunks = self._decode_chunks()
@@ -113,6 +119,8 @@ class Scheduler:
         Raises ValueError when it is not in flight, or the choices are not those that it asked for (see `answered`).
         """
         planned = self._in_flight.returned(step, times, round_trip_us)
+        if planned.chunks:
+            self._suspects.answered()
         progress: list[Progress] = []
         for chunk, got in answered(planned, choices):
             # Who was cancelled or put back meanwhile is not there any more: its sample comes too late.
@@ -120,30 +128,51 @@ class Scheduler:
                 self._take(sequence, chunk, got, progress)
         return progress
 
-    def on_failed(self, step: int) -> list[Sequence]:
-        """A stage could not run a step: its sequences are ended, and returned.
+    def on_failed(self, step: int, *, own: bool = False) -> Failure:
+        """A stage could not run a step: its sequences begin anew, each alone, and who fails alone is ended.
 
-        The stages behind that one never saw the step, so what it freed is freed again. Steps that were in flight
-        behind it may fail only because they build on it: then their sequences begin anew, though none does so twice.
+        `own`: it failed by what was asked of it, not by the state of the stage. The stages behind that one never saw
+        the step, so what it freed is freed again. Steps that were in flight behind it may fail only because they build
+        on it: that makes nobody a suspect.
         """
         found = self._in_flight.failed(step)
         if found is None:
-            return []
+            return Failure([])
         planned, tainted = found
         hit = [self._by_pipeline[chunk.seq] for chunk in planned.chunks if chunk.seq in self._by_pipeline]
-        spared = [one for one in hit if tainted and not one.retried]
         for chunk in planned.chunks:
             if chunk.seq not in self._by_pipeline:
                 self._kv.discard(chunk.seq)
-        for sequence in sorted(spared, key=lambda one: one.pipeline_id, reverse=True):
-            sequence.retried = True
-            self._put_back(sequence)
-        failed = [one for one in hit if one not in spared]
-        for sequence in failed:
-            self._release(sequence)
-            self._finish(sequence)
+        verdict = Verdict.LATER
+        if len(planned.chunks) == 1 and hit and hit[0] in self._suspects and not tainted:
+            verdict = self._suspects.judge(hit[0], own=own)
+        hit.sort(key=lambda one: one.pipeline_id)
+        for sequence in hit if not tainted else ():
+            self._suspects.add(sequence)
+        for sequence in reversed(hit):
+            if verdict is Verdict.GUILTY:
+                self._release(sequence)
+                self._finish(sequence)
+            else:
+                self._put_back(sequence)
         self._kv.free_again(planned.free)
-        return failed
+        return Failure(hit if verdict is Verdict.GUILTY else [], verdict is Verdict.SICK)
+
+    def _try_alone(self) -> PlannedStep | None:
+        """A step for nothing but the suspect whose turn it is; every other step is for all who are none."""
+        suspect = self._suspects.current
+        self._tried_alone = suspect is not None and not (self._tried_alone and self._ready)
+        if suspect is None or not self._tried_alone:
+            return None
+        chunks: list[Chunk] = []
+        if suspect.phase is Phase.WAITING and self._prefilling is None and self._waiting[0] is not suspect:
+            self._waiting.remove(suspect)
+            self._waiting.appendleft(suspect)
+        if self._prefilling is suspect or (suspect.phase is Phase.WAITING and self._prefilling is None):
+            opened = self._prefill(chunks, alone=True)
+            if chunks:
+                return self._in_flight.begin(opened, chunks, self._kv.take_freed())
+        return None
 
     def _share(self) -> int:
         return min(len(self._ready), self._in_flight.share(self._decoding))
@@ -182,9 +211,14 @@ class Scheduler:
         limit = min(limit, self._kv.reserve(sequence, len(sequence.tokens) + limit) - len(sequence.tokens))
         return self._drafter.propose(sequence.seq, sequence.tokens, limit)[:limit] if limit > 0 else []
 
-    def _prefill(self, chunks: list[Chunk]) -> list[Opening]:
-        """Add a step's prefill to its chunks, in the order in which the prompts came; returns what it opens."""
+    def _prefill(self, chunks: list[Chunk], *, alone: bool = False) -> list[Opening]:
+        """Add a step's prefill to its chunks, in the order in which the prompts came; returns what it opens.
+
+        Nobody new is let in while there are suspects, but the one whose turn it is, `alone`.
+        """
         first = self._prefilling or self._waiting[0]
+        if self._suspects and not alone and (first in self._suspects or self._prefilling is None):
+            return []
         most = self._limits.step_tokens - sum(len(chunk.tokens) for chunk in chunks)
         budget = chunk_tokens(
             len(first.tokens), self._limits.n_stages, most, self._in_flight.pace, decoding=self._decoding > 0
@@ -193,7 +227,9 @@ class Scheduler:
         sent_before: dict[int, int] = {}
         while budget > 0:
             if (sequence := self._prefilling) is None:
-                if (opening := self._begin(sent_before)) is None:
+                # Of a suspect the first step begins; nobody else may be in it.
+                done = chunks if alone else self._suspects
+                if done or (opening := self._begin(sent_before)) is None:
                     break
                 opened.append(opening)
                 continue
@@ -255,10 +291,12 @@ class Scheduler:
     def _finish(self, sequence: Sequence) -> None:
         if sequence.phase is not Phase.DONE and self._drafter is not None:
             self._drafter.forget(sequence.seq)
+        self._suspects.clear(sequence)
         sequence.phase = Phase.DONE
 
     def _take(self, sequence: Sequence, chunk: Chunk, got: Choices, progress: list[Progress]) -> None:
         """Choices of a sequence's chunk came: as long as they are its drafts, these are in the caches already."""
+        self._suspects.clear(sequence)
         if chunk.sample > 1 and self._drafter is not None:
             self._drafter.observe(sequence.seq, chunk.sample - 1, len(got) - 1)
         right = chunk.start + len(chunk.tokens) - chunk.sample + len(got)

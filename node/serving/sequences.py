@@ -38,5 +38,3 @@ class Sequence:
     kv_reserved: int = 0
     # A sequence that was put back runs again under a new id, so that late samples of the old one are told apart.
     pipeline_id: int = -1
-    # Whether it began anew because a step failed that was in flight together with one that failed before it.
-    retried: bool = False

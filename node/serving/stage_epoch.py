@@ -49,6 +49,8 @@ UNSETTLED_SILENCE_SECONDS = 60.0
 HUNG_TICKS = 8
 # Of those who join before the owner's order tells who is to.
 MAX_EARLY = 8
+# A stage that failed so often in a row is not to be kept.
+SICK_FAILURES = 2
 
 
 @dataclass
@@ -216,6 +218,7 @@ class StageEpoch:
         """This epoch is over, once: tell the daemon at once, then the neighbours."""
         if not self._over:
             links = self._end("stage_lost", reason)
+            sound &= self._ring is None or self._ring.failures < SICK_FAILURES
             await self._parts.tell(EngineTrouble(reason[:400], sound))
             await self._hang_up(links, "a neighbour in the ring was lost")
 
@@ -280,6 +283,7 @@ class StageEpoch:
 
         limits = Limits(n_stages=order.n_stages, kv_tokens=job.kv_tokens, context=job.context)
         ring.driver = Driver(job.instance, limits, run_step, parts.speculation, make_guesses, numbers=parts.numbers)
+        ring.driver.on_sick = lambda reason: parts.spawn(self.break_ring(f"no step can be computed: {reason}"))
         ring.driver.profile = parts.profile
         self._start(ring.driver.run())
         self._start(self._report_load(ring.driver))

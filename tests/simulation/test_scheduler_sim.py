@@ -132,8 +132,10 @@ class Interleavings(RuleBasedStateMachine):
 
     def take(self, message: Sampled | StepFailed) -> None:
         if isinstance(message, StepFailed):
-            for sequence in self.scheduler.on_failed(message.step):
-                assert message.step in self.failed_itself or sequence.retried, "nobody ends for another's failure"
+            failure = self.scheduler.on_failed(message.step)
+            assert len(failure.ended) <= 1, "who was in a step with others is tried alone"
+            for sequence in failure.ended:
+                assert message.step in self.failed_itself, "nobody ends for another's failure"
                 self.streams[sequence.seq].dropped = True
         else:
             for progress in self.scheduler.on_sampled(message.step, message.choices, message.times, self.round_trip_us):
@@ -181,7 +183,7 @@ class Interleavings(RuleBasedStateMachine):
 
 
 class InterleavingsWithFailures(Interleavings):
-    """The same, with steps that a stage cannot run: whose step failed ends, everybody else is as right as before."""
+    """The same, with steps that a stage cannot run: who fails alone ends, everybody else is as right as before."""
 
     @rule(last=st.booleans(), opened=st.booleans())
     def fail_a_stage(self, last, opened):

@@ -98,6 +98,10 @@ class FakePipeline:
         self.queues: list[deque[_Frame]] = [deque() for _ in range(limits.n_stages)]
         self.answers: deque[Sampled | StepFailed] = deque()
         self.times = StepTimes()
+        # Any step with this token fails on the last stage; None: no token does that.
+        self.poison: int | None = None
+        # Every step fails on the last stage.
+        self.sick = False
         self._has_failed = False
 
     @property
@@ -114,6 +118,9 @@ class FakePipeline:
 
         Raises StageFault when it cannot, unless `fail` was called before: one failure is the cause of others.
         """
+        if index == len(self.stages) - 1 and self._is_hopeless(self.queues[index][0].step):
+            self.fail(index)
+            return
         frame = self.queues[index].popleft()
         if not frame.failed:
             try:
@@ -133,6 +140,9 @@ class FakePipeline:
                 self.stages[index].run(replace(frame.step, chunks=()), [])
         frame.failed = True
         self._hand_on(index, frame)
+
+    def _is_hopeless(self, step: PlannedStep) -> bool:
+        return bool(step.chunks) and (self.sick or any(self.poison in chunk.tokens for chunk in step.chunks))
 
     def flush(self) -> None:
         """Let every step run to its answer."""

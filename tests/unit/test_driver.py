@@ -190,20 +190,33 @@ async def test_what_cannot_be_served_is_refused_as_invalid(prompt, max_tokens):
         assert refused.value.code == "invalid"
 
 
-async def test_a_step_that_fails_ends_its_requests_only():
+async def test_a_step_that_fails_ends_only_the_request_that_made_it_fail():
     async with running() as ring:
+        ring.pipeline.poison = VOCABULARY + 1
         ring.held = True
-        hit = asyncio.create_task(collect(ring, request([1, 2, 3])))
-        await ring.until(lambda: ring.pipeline.in_flight)
-        spared = asyncio.create_task(collect(ring, request([4, 5])))
-        await ring.until(lambda: ring.pipeline.in_flight == 2)
-        ring.pipeline.fail(0)
+        spared = [asyncio.create_task(collect(ring, request([4, index]))) for index in range(3)]
+        hit = asyncio.create_task(collect(ring, request([1, VOCABULARY + 1, 3])))
+        await ring.until(lambda: ring.driver.load.running + ring.driver.load.waiting == 4)
         ring.release()
         with pytest.raises(RemoteError) as failed:
             await hit
         assert (failed.value.code, failed.value.message) == ("engine_error", "a stage failed")
-        assert await spared == (solo_run([4, 5], 2, 10), "length")
+        assert [await task for task in spared] == [(solo_run([4, index], 2, 10), "length") for index in range(3)]
         await ring.until(lambda: not ring.cached)
+
+
+async def test_a_pipeline_that_can_compute_nothing_is_reported_and_ends_nobody():
+    async with running() as ring:
+        said: list[str] = []
+        ring.driver.on_sick = said.append
+        ring.pipeline.sick = True
+        tasks = [asyncio.create_task(collect(ring, request([4, index]))) for index in range(3)]
+        await ring.until(lambda: said)
+        assert said[0] == "a stage failed"
+        assert not any(task.done() for task in tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def test_when_the_pipeline_breaks_everybody_is_told_after_the_tokens_that_came_before():

@@ -25,6 +25,7 @@ PURE = (
     *("node.serving.generation", "node.serving.messages", "node.serving.scheduler", "node.serving.sequences"),
     *("node.serving.draft_policy", "node.serving.drafting", "node.serving.ngram_index", "node.serving.speculation"),
     *("node.serving.step_cost", "node.serving.text_stream", "node.serving.liveness"),
+    *("node.serving.recovery", "node.serving.suspects"),
 )
 # Its PeerAddress stands beside the function that resolves one.
 PURE_BY_ITSELF = {"discovery.dial_book"}

@@ -140,7 +140,7 @@ async def test_a_step_that_cannot_be_computed_is_said_and_the_next_one_runs(capl
     ring.begin(step(0), None)
     failed = await driver.next()
     assert isinstance(failed, StepFailed)
-    assert failed.reason == "ValueError: no such sequence"
+    assert (failed.reason, failed.own) == ("ValueError: no such sequence", True)
     engine.error = None
     ring.begin(step(1), None)
     assert isinstance(await driver.next(), Sampled)

@@ -296,55 +296,6 @@ def test_answers_must_be_for_what_was_asked(choices):
         scheduler.on_sampled(step.step, choices)
 
 
-def test_a_failed_step_ends_its_sequences_and_does_not_lose_its_frees():
-    """The stages behind the one that failed never saw the step."""
-    scheduler = Scheduler(limits())
-    gone, culprit, bystander = sequence([1], seq=0), sequence(range(8), seq=1), sequence([3, 4], seq=2)
-    scheduler.submit(gone)
-    served(scheduler, planned(scheduler))
-    scheduler.cancel(gone)
-    scheduler.submit(culprit)
-    scheduler.submit(bystander)
-    step = planned(scheduler)
-    assert (step.free, shape(step), [opening.seq for opening in step.open]) == ((0,), [(1, 0, 8, 1)], [1])
-    assert scheduler.on_failed(step.step) == [culprit]
-    assert culprit.phase is Phase.DONE
-    following = planned(scheduler)
-    assert set(following.free) == {0, 1}
-    assert shape(following) == [(2, 0, 2, 1)]
-    assert scheduler.on_failed(step.step) == [], "nothing fails twice"
-
-
-def test_who_is_in_a_step_that_fails_only_because_one_before_it_did_begins_anew_but_not_for_ever():
-    scheduler, (_, spared) = decoding(2, n_stages=2)
-    culprit_step, following = planned(scheduler), planned(scheduler)
-    assert (shape(culprit_step), shape(following)) == ([(0, 1, 1, 1)], [(1, 1, 1, 1)])
-    assert [one.seq for one in scheduler.on_failed(culprit_step.step)] == [0]
-    assert scheduler.on_failed(following.step) == []
-    again = planned(scheduler)
-    assert (set(again.free), shape(again)) == ({0, 1}, [(2, 0, 2, 1)]), "all that it had, under a new id"
-    late = sequence([7], seq=7)
-    scheduler.submit(late)
-    beside = planned(scheduler)
-    assert scheduler.on_failed(beside.step) == [late]
-    assert scheduler.on_failed(again.step) == [spared], "a second time it ends: it may be the cause"
-    assert (scheduler.running, scheduler.waiting) == (0, 0)
-
-
-def test_what_was_retained_of_a_step_that_failed_is_not_used_by_anybody():
-    scheduler = Scheduler(limits(n_stages=2, step_tokens=32))
-    one = sequence(range(20), seq=0)
-    scheduler.submit(one)
-    steps = [planned(scheduler), planned(scheduler)]
-    scheduler.cancel(one)
-    assert scheduler.kv_tokens_retained == 20
-    assert scheduler.on_failed(steps[1].step) == []
-    assert scheduler.kv_tokens_retained == 0
-    scheduler.submit(sequence(range(20), seq=1))
-    step = planned(scheduler)
-    assert (step.free, step.open[0].source) == ((0,), -1)
-
-
 @pytest.mark.parametrize("n_stages", [1, 2, 3, 4])
 def test_eight_streams_at_once_equal_their_solo_runs(n_stages):
     scheduler_limits = limits(n_stages=n_stages, kv_tokens=90, step_tokens=16, max_running=8, max_retained=0)
