@@ -84,7 +84,7 @@ class Gateway:
             raise GenerationError("node_leaving", "this node is leaving the swarm; ask another node", retry_after=5)
         if self._find(request.model) is None:
             await self._start(request.model)
-        record = await self._ready(request.model, 0, READY_SECONDS)
+        record = await self._ready(request.model, READY_SECONDS)
         try:
             front = await self._load_front(record)
             prompt = await _encode(front, request, record.model.context)
@@ -219,12 +219,12 @@ class Gateway:
         except (ModelFileError, OSError) as error:
             raise GenerationError("model_loading", str(error), retry_after=30) from error
 
-    async def _ready(self, model: str, above_epoch: int, seconds: float) -> InstanceRecord:
-        """The instance of a model, ready, in an epoch above `above_epoch`; waits for one that is on its way."""
+    async def _ready(self, model: str, seconds: float) -> InstanceRecord:
+        """The instance of a model, ready; waits for one that is on its way."""
         deadline = time.monotonic() + seconds
         while True:
             record = self._find(model)
-            if record is not None and record.state is InstanceState.READY and record.epoch > above_epoch:
+            if record is not None and record.state is InstanceState.READY:
                 return record
             if record is not None and lacks_memory(record):
                 raise GenerationError("not_enough_memory", record.reason, retry_after=10)

@@ -91,6 +91,8 @@ class Recovery:
         self._counted = -1
         self._reason = ""
         self._lost_at: float | None = None
+        # The epoch that was lost last, and when for the first time.
+        self._lost_epoch, self._epoch_lost_at = -1, now
         self._not_before = now
         self._retry_seconds = FIRST_RETRY_SECONDS
         self._heard_at = now
@@ -108,7 +110,7 @@ class Recovery:
         self._heard_at = now
         self._lost_at = None
         self._losses = 0
-        self._counted = -1
+        self._counted = self._lost_epoch = -1
         self._retry_seconds = FIRST_RETRY_SECONDS
 
     def on_lost(self, reason: str, now: float, *, moved: bool = False) -> None:
@@ -117,6 +119,8 @@ class Recovery:
         self._seen = None  # what the record said during the attempt does not count
         if self._lost_at is None:
             self._lost_at = now
+        if self._lost_epoch != self._epoch:
+            self._lost_epoch, self._epoch_lost_at = self._epoch, now
         if self._epoch != self._counted and not moved:
             self._counted = self._epoch
             self._losses += 1
@@ -171,9 +175,11 @@ class Recovery:
         ends = lost_at + patience.recovery
         if record is None:
             ends, why = min(ends, self._seen_at + patience.nobody), "nobody took the model over"
+        elif record.state is InstanceState.READY and record.epoch > self._epoch:
+            why = self._reason  # it is tried as soon as its turn comes
         elif record.state is InstanceState.READY:
             # Tried again and again, it fails again and again.
-            ends, why = min(ends, lost_at + patience.unnoticed), self._reason
+            ends, why = min(ends, self._epoch_lost_at + patience.unnoticed), self._reason
         elif lacks_memory(record):
             ends, why = min(ends, self._seen_at + patience.short), record.reason
         elif record.state is InstanceState.WAITING:

@@ -17,9 +17,9 @@ def record(epoch: int, state: str = "ready", *, done: int = 0, missing: int = 0,
     return InstanceRecord(id, MODEL, InstanceState(state), epoch, reason=reason, done_bytes=done, missing_bytes=missing)
 
 
-def begun(now: float = 0.0, epoch: int = 1, **options: float) -> Recovery:
+def begun(now: float = 0.0, epoch: int = 1, spread: float = 0.0) -> Recovery:
     """A request whose first attempt runs."""
-    recovery = Recovery(now, **options)
+    recovery = Recovery(now, spread)
     assert recovery.next(record(epoch), now) == Attempt(record(epoch))
     return recovery
 
@@ -105,10 +105,12 @@ def test_nobody_there_is_given_up_sooner():
 
 def test_while_loading_makes_progress_a_request_waits_for_minutes_but_not_for_ever():
     recovery, now, done = lost(), 10.0, 0
-    while isinstance(decision := recovery.next(record(2, "loading", done=done), now), Wait):
+    decision = recovery.next(record(2, "loading"), now)
+    while isinstance(decision, Wait):
         now += 20.0
         done += 1
         assert now < 1000
+        decision = recovery.next(record(2, "loading", done=done), now)
     assert isinstance(decision, Fail)
     assert now - 10.0 >= PATIENCE.recovery
     assert now - 10.0 < PATIENCE.recovery + 20.0
@@ -116,6 +118,7 @@ def test_while_loading_makes_progress_a_request_waits_for_minutes_but_not_for_ev
 
 def test_three_pipelines_in_a_row_without_a_token_end_the_request():
     recovery, now = begun(spread=0.5), 1.0
+    decision: Attempt | Fail = Attempt(record(1))
     for epoch in range(1, MOST_LOSSES + 1):
         recovery.on_lost("signal 11", now)
         now, decision = outcome(recovery, record(epoch + 1), now)

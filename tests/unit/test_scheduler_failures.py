@@ -154,10 +154,10 @@ def test_a_failure_of_the_stage_counts_once_another_was_computed():
     assert scheduler.on_failed(planned(scheduler).step) == Failure([]), "it may be the stage"
     served(scheduler, planned(scheduler))
     assert light.generated == 2
+    step = planned(scheduler)
     while heavy.phase is Phase.WAITING:
+        served(scheduler, step)
         step = planned(scheduler)
-        if heavy.phase is Phase.WAITING:
-            served(scheduler, step)
     assert scheduler.on_failed(step.step) == Failure([heavy]), "it is not"
 
 
