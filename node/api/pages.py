@@ -60,6 +60,6 @@ async def metrics(request: web.Request) -> web.Response:
 def _file(name: str) -> web.StreamResponse:
     folder = static_dir()
     path = folder / name if folder is not None else None
-    if path is None or ".." in path.parts or not path.is_file():
+    if path is None or len(name) > 255 or ".." in path.parts or not path.is_file():
         raise ApiError(404, "there is no such file", code="not_found")
     return web.FileResponse(path, headers=_HEADERS)

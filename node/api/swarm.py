@@ -9,13 +9,16 @@ from typing import Annotated
 import msgspec
 from aiohttp import web
 
-from swarmd.node.api.errors import json_response
+from swarmd.node.api.errors import ApiError, json_response
 from swarmd.node.api.openai_schema import parse
 from swarmd.node.api.view import NODE, NodeView, guarded
+from swarmd.node.config import is_loopback
+from swarmd.node.models.catalog import is_path
 
 # A change is shown at once; a storm of changes no more often than this.
 FEED_SECONDS = 0.25
 KEEPALIVE_SECONDS = 10.0
+_PROXIED = ("Forwarded", "X-Forwarded-For", "X-Real-IP", "Via")
 
 _CLOSING: web.AppKey[asyncio.Event] = web.AppKey("closing", asyncio.Event)
 
@@ -43,8 +46,19 @@ async def swarm(request: web.Request) -> web.Response:
 async def create_instance(request: web.Request) -> web.Response:
     """`POST /api/instances`: answers with the instance's model name when it exists; the feed tells when it is ready."""
     asked = parse(await request.read(), InstanceRequest)
+    if is_path(asked.model) and not _is_of_this_machine(request):
+        message = "a path is for programs on the node's own machine (`swarmd run PATH` there); name a model"
+        raise ApiError(403, message, param="model", code="path_not_allowed")
     name = await guarded(request.app[NODE].launch(asked.model))
     return json_response({"model": name}, status=202)
+
+
+def _is_of_this_machine(request: web.Request) -> bool:
+    """Whether the connection comes from here, and not through a proxy that may speak for anybody."""
+    if any(name in request.headers for name in _PROXIED) or request.transport is None:
+        return False
+    peer, own = (request.transport.get_extra_info(name) for name in ("peername", "sockname"))
+    return bool(peer and own) and (is_loopback(peer[0].removeprefix("::ffff:")) or peer[0] == own[0])
 
 
 async def events(request: web.Request) -> web.StreamResponse:

@@ -41,6 +41,8 @@ MAX_METADATA_BYTES = 128 << 20
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".npz")
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=-]{0,127}")
+# Names of devices on Windows, whatever ending follows: what is fetched here may be copied there.
+_DEVICE_NAME = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 _SAFETENSORS_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
 
@@ -117,7 +119,7 @@ def is_layout(names: Sequence[str]) -> bool:
         return tuple(names) == gguf_names(len(names))
     metadata = [name for name in names if not name.endswith(".safetensors")]
     weights = sorted(set(names) - set(metadata))
-    if not weights or not all(_PLAIN_NAME.fullmatch(name) for name in weights):
+    if not weights or not all(_is_plain(name) for name in weights):
         return False
     return "config.json" in metadata and list(names) == [*_in_order(metadata), *weights]
 
@@ -178,7 +180,7 @@ def _folder(folder: Path) -> ModelLayout:
         raise ModelFileError(f"{folder} has no config.json; give a folder as Hugging Face's or MLX's tools write it")
     names = [*metadata, *weights]
     for name in names:
-        if not all(_PLAIN_NAME.fullmatch(piece) for piece in name.split("/")):
+        if not all(_is_plain(piece) for piece in name.split("/")):
             raise ModelFileError(
                 f"{folder} has a file with the name {name[:140]!r}; rename it to letters, digits and ._+=- only"
             )
@@ -250,4 +252,9 @@ def _in_order(metadata: Collection[str]) -> list[str]:
 
 
 def _is_template(name: str) -> bool:
-    return name.endswith(".jinja") and _PLAIN_NAME.fullmatch(name) is not None
+    return name.endswith(".jinja") and _is_plain(name)
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a file of this name can be made anywhere and is that file."""
+    return _PLAIN_NAME.fullmatch(name) is not None and _DEVICE_NAME.fullmatch(name) is None
