@@ -16,7 +16,7 @@ ASAN := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-p
 CROSS := aarch64-linux-gnu-g++
 EMULATOR := qemu-aarch64-static
 
-.PHONY: run test lint format links native asan tsan neon bench lab fuzz simulate models clean help
+.PHONY: run test lint format links native asan tsan neon bench lab fuzz simulate soak models clean help
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -69,6 +69,9 @@ fuzz: $(VENV)/.dev-installed $(VENV)/.native ## damaged input for every parser, 
 
 simulate: $(VENV)/.dev-installed $(VENV)/.native ## seeded faults in virtual swarms (ARGS="--schedules N --nodes N --seed N --events")
 	PYTHONHASHSEED=0 PYTHONPATH=tests nice -n 10 $(BIN)/python -m support.virtual_swarm.schedule $(ARGS)
+
+soak: $(VENV)/.dev-installed $(VENV)/.native ## half an hour of load and trouble, nothing lost (ARGS="--seconds 600 --seed 1")
+	$(BIN)/python bench/soak.py $(ARGS)
 
 models: $(VENV)/.dev-installed $(VENV)/.native ## docs/models.md: what works, from tests that it runs (ARGS=FILE: from their JUnit file)
 	$(BIN)/python bench/model_tables.py $(ARGS)

@@ -8,10 +8,68 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
+from support.answers import Answer
+from support.fault_cases import (
+    CONTEXT,
+    DECODE,
+    EIGHT,
+    FAULTS,
+    HEIRS,
+    PREFILL,
+    STAGES,
+    Fault,
+    Phase,
+    machines,
+    restore,
+    run_case,
+    talk,
+)
+from support.fault_lab import FaultLab
+from support.growth import Growing, grow
+from support.host_faults import why_no_small_disk
 from support.netns import Lan, connect, inside, ip, why_unavailable
+from support.network_faults import why_no_network_faults
+from support.soak import soak
+from support.solo import alone, expecting
+from support.stream_load import Load, Outcome, Question, compare
 from support.swarm import Node, join
 
-__all__ = ["Lan", "Node", "connect", "file_oracle", "inside", "ip", "join", "why_unavailable"]
+__all__ = [
+    "CONTEXT",
+    "DECODE",
+    "EIGHT",
+    "FAULTS",
+    "HEIRS",
+    "PREFILL",
+    "STAGES",
+    "Answer",
+    "Fault",
+    "FaultLab",
+    "Growing",
+    "Lan",
+    "Load",
+    "Node",
+    "Outcome",
+    "Phase",
+    "Question",
+    "alone",
+    "compare",
+    "connect",
+    "expecting",
+    "file_oracle",
+    "grow",
+    "inside",
+    "ip",
+    "join",
+    "machines",
+    "restore",
+    "run_case",
+    "soak",
+    "talk",
+    "why_no_network_faults",
+    "why_no_small_disk",
+    "why_unavailable",
+]
 
 
 def file_oracle(path: Path) -> Any:

@@ -128,13 +128,15 @@ class Launcher:
         """
         await asyncio.sleep(SETTLE_SECONDS)
         missing_since = time.monotonic()
+        launched = ""  # the instance's id: one that was launched by a path goes by another name
         while True:
             others = [node for node in nodes() if node.id != own_id]
-            if self.is_claimed(name) or any(name in node.launching for node in others):
+            there = self.is_claimed(name) or any(record.id == launched for _, record in self._instances.all())
+            if there or any(name in node.launching for node in others):
                 missing_since = time.monotonic()
             elif time.monotonic() - missing_since >= _rank(name, nodes(), own_id) * RANK_SECONDS:
                 try:
-                    await self.launch(name)
+                    launched = (await self.launch(name)).id
                 except (ModelNameError, ModelFileError, OSError) as error:
                     log.error("%s cannot be served: %s", name, error)
                     await asyncio.sleep(RETRY_SECONDS)

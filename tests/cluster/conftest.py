@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 from support.answers import Answer
-from support.stream_load import Outcome
+from support.solo import Reference, alone, expecting
+from support.stream_load import Outcome, Question
 from support.swarm import Node
 
-Reference = Callable[..., Answer]
 GAPS = pytest.StashKey[list[str]]()
 Reporting = Generator[None, pytest.TestReport, pytest.TestReport]
 
@@ -19,18 +19,14 @@ Reporting = Generator[None, pytest.TestReport, pytest.TestReport]
 @pytest.fixture(scope="session")
 def solo(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
     """`solo(prompt, **options)`: what a node alone answers, with nothing else to do; asked once per question."""
-    answers: dict[str, Answer] = {}
-    data_dir = tmp_path_factory.mktemp("solo") / "alone"
-    with Node(data_dir, "--model", str(smollm2_path), "--no-mdns", "--context", "2048", "--threads", "1") as node:
+    with alone(tmp_path_factory.mktemp("solo") / "alone", smollm2_path) as reference:
+        yield reference
 
-        def ask(prompt: str, **options: Any) -> Answer:
-            question = repr((prompt, sorted(options.items())))
-            if question not in answers:
-                node.until_ready(stages=1)
-                answers[question] = node.answer(prompt, **options)
-            return answers[question]
 
-        yield ask
+@pytest.fixture
+def expected(solo: Reference) -> Callable[[Question], Answer]:
+    """The same, asked by question."""
+    return expecting(solo)
 
 
 @pytest.fixture
@@ -43,6 +39,11 @@ def note_gaps(request: pytest.FixtureRequest) -> Callable[[str, Sequence[Outcome
         lines.append(f"{gap:6.2f} s between tokens, {wait:6.2f} s to the first: {case}")
 
     return note
+
+
+def pytest_configure() -> None:
+    """Who ends the run from outside ends it as Ctrl-C does: nodes, namespaces, rules and mounts are undone."""
+    signal.signal(signal.SIGTERM, lambda number, frame: pytest.exit(f"signal {number}", 128 + number))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

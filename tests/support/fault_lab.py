@@ -147,19 +147,23 @@ class FaultLab:
         kill_all(family(node.process.pid))
         node.process.wait(5)
 
+    def stages(self, node: Node) -> list[psutil.Process]:
+        """Its stage processes."""
+        return stages_of(node.process.pid)
+
     def kill_daemon(self, node: Node) -> list[psutil.Process]:
         """SIGKILL for the daemon only; returns what it leaves behind, which is to end by itself."""
-        left = stages_of(node.process.pid)
+        left = self.stages(node)
         node.kill()
         return left
 
     def kill_stages(self, node: Node) -> None:
         """SIGKILL for its stage processes only."""
-        kill_all(stages_of(node.process.pid))
+        kill_all(self.stages(node))
 
     def exhaust_memory(self, node: Node) -> None:
         """Its stage processes get no more memory from now on."""
-        for stage in stages_of(node.process.pid):
+        for stage in self.stages(node):
             exhaust_memory(stage)
 
     def paused(self, node: Node) -> AbstractContextManager[None]:
@@ -172,7 +176,7 @@ class FaultLab:
 
     def paused_stages(self, node: Node) -> AbstractContextManager[None]:
         """Only its stage processes stand still; the daemon talks."""
-        return stopped(stages_of(node.process.pid))
+        return stopped(self.stages(node))
 
     def full_disk(self, node: Node) -> AbstractContextManager[None]:
         """Not a byte more fits onto its disk; it must have one of its own."""

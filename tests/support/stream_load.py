@@ -38,7 +38,7 @@ class Outcome:
     """What one client saw: an answer, or the code of a typed error, or what else went wrong.
 
     `wait` is from the request to the first token, `gap` the longest time between two tokens, both in seconds, 0.0
-    without any; `silence` is how long it heard nothing before an error.
+    without any; `silence` is how long it heard nothing before an error, `said` the error's message.
     """
 
     question: Question
@@ -50,6 +50,7 @@ class Outcome:
     gap: float = 0.0
     silence: float = 0.0
     tokens: int = 0
+    said: str = ""
 
     def __str__(self) -> str:
         what = "answered" if self.answer else self.error or self.broken
@@ -58,11 +59,11 @@ class Outcome:
 
 @dataclass
 class _Client:
-    outcome: Outcome
+    question: Question
     node: Node
+    outcome: Outcome
     stream: Stream | None = None
     ended: bool = False
-    began: float = 0.0
 
     @property
     def tokens(self) -> int:
@@ -76,7 +77,7 @@ class Load:
         self._silence = silence
         self._moved = threading.Condition()
         entries = [nodes[index % len(nodes)] for index in range(len(questions))]
-        self._clients = [_Client(Outcome(q, node.name), node) for q, node in zip(questions, entries, strict=True)]
+        self._clients = [_Client(q, node, Outcome(q, node.name)) for q, node in zip(questions, entries, strict=True)]
         self._threads = [threading.Thread(target=self._ask, args=(c,), daemon=True) for c in self._clients]
 
     def __enter__(self) -> Self:
@@ -110,37 +111,62 @@ class Load:
         return [client.outcome for client in self._clients]
 
     def _ask(self, client: _Client) -> None:
-        client.began = time.monotonic()
-        outcome = client.outcome
-        asked = outcome.question
-        try:
-            with client.node.stream(asked.prompt, timeout=self._silence, **dict(asked.options)) as stream:
-                client.stream = stream
-                while stream.read_event():
-                    with self._moved:
-                        self._moved.notify_all()
-                outcome.answer = stream.answer
-        except StreamError as error:
-            outcome.error = error.code
-        except Refusal as refusal:
-            outcome.error = f"{refusal.status} {refusal.body['error']['code']}"
-        except TimeoutError:
-            outcome.broken = f"nothing for {self._silence:.0f} s"
-        except (AssertionError, OSError, HTTPException) as error:
-            outcome.broken = f"{type(error).__name__}: {error}"
-        finally:
-            self._measure(client)
+        def on_stream(stream: Stream) -> None:
+            client.stream = stream
+
+        def on_event() -> None:
             with self._moved:
-                client.ended = True
                 self._moved.notify_all()
 
-    def _measure(self, client: _Client) -> None:
-        arrivals = client.stream.arrivals if client.stream else []
-        outcome, now = client.outcome, time.monotonic()
-        outcome.tokens = client.tokens
-        outcome.wait = (arrivals[0] if arrivals else now) - client.began
-        outcome.gap = max((later - earlier for earlier, later in pairwise(arrivals)), default=0.0)
-        outcome.silence = now - (arrivals[-1] if arrivals else client.began)
+        client.outcome = ask(
+            client.node, client.question, silence=self._silence, on_stream=on_stream, on_event=on_event
+        )
+        with self._moved:
+            client.ended = True
+            self._moved.notify_all()
+
+
+def _nothing(*_: object) -> None:
+    pass
+
+
+def ask(
+    node: Node,
+    question: Question,
+    *,
+    silence: float,
+    on_stream: Callable[[Stream], object] = _nothing,
+    on_event: Callable[[], object] = _nothing,
+) -> Outcome:
+    """Ask one question as a stream and read it to its end; `silence` is the longest wait for its next event."""
+    outcome = Outcome(question, node.name)
+    began = time.monotonic()
+    stream = None
+    try:
+        with node.stream(question.prompt, timeout=silence, **dict(question.options)) as stream:
+            on_stream(stream)
+            while stream.read_event():
+                on_event()
+            outcome.answer = stream.answer
+    except StreamError as error:
+        outcome.error, outcome.said = error.code, str(error)
+    except Refusal as refusal:
+        error = refusal.body["error"]
+        outcome.error, outcome.said = f"{refusal.status} {error['code']}", error["message"]
+    except TimeoutError:
+        outcome.broken = f"nothing for {silence:.0f} s"
+    except (AssertionError, OSError, HTTPException) as error:
+        outcome.broken = f"{type(error).__name__}: {error}"
+    _measure(outcome, stream, began)
+    return outcome
+
+
+def _measure(outcome: Outcome, stream: Stream | None, began: float) -> None:
+    arrivals, now = stream.arrivals if stream else [], time.monotonic()
+    outcome.tokens = stream.tokens_read if stream else 0
+    outcome.wait = (arrivals[0] if arrivals else now) - began
+    outcome.gap = max((later - earlier for earlier, later in pairwise(arrivals)), default=0.0)
+    outcome.silence = now - (arrivals[-1] if arrivals else began)
 
 
 def compare(outcomes: Sequence[Outcome], expected: Callable[[Question], Answer]) -> list[str]:

@@ -105,6 +105,11 @@ class Node:
         return self.process.poll() is None
 
     @property
+    def is_up(self) -> bool:
+        """Whether it runs and has said where it answers."""
+        return self.running and bool(self._url)
+
+    @property
     def log(self) -> str:
         """All that it has said."""
         return "".join(self.output)
