@@ -53,6 +53,7 @@ class Mesh:
         self._book = DialBook(endpoint.node_id)
         self._dialler = Dialler(endpoint, self._book, self._links.__contains__, self._on_refused)
         self._superseded: dict[Link, Link] = {}
+        self._unheard: set[Link] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._strangers: set[str] = set()
         self._limit = LogLimit()
@@ -114,7 +115,7 @@ class Mesh:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def on_link(self, link: Link) -> None:
-        """A link with a daemon is up: introduce this node and whom it knows."""
+        """A link with a daemon is up: introduce this node."""
         now = time.monotonic()
         address = link.remote_address if link.initiator else None
         self._book.note_linked(link.peer_id, address, now)
@@ -130,10 +131,7 @@ class Mesh:
             else:
                 self._superseded[link] = surplus
             return
-        gossip = self._gossip()
-        for other in [link, *self._links.values()]:
-            if gossip.nodes and (other is link or other.peer_id != link.peer_id):
-                await self._send(other, gossip)
+        self._unheard.add(link)
 
     async def on_message(self, link: Link, message: Struct) -> None:
         """A message of another daemon's control plane."""
@@ -149,6 +147,9 @@ class Mesh:
                 # The other side knows of the better link only now: had the lesser one gone before, so had this node.
                 if (lesser := self._superseded.pop(link, None)) is not None:
                     self._close_surplus(lesser)
+                if link in self._unheard:
+                    self._unheard.discard(link)
+                    self._keep(asyncio.create_task(self._gossip(link)))
             case Heartbeat(sent_at=sent_at):
                 self._report(self.membership.on_heard(link.peer_id, now))
                 member = self.membership.get(link.peer_id)
@@ -170,6 +171,7 @@ class Mesh:
         """A link with a daemon is down."""
         now = time.monotonic()
         self._superseded.pop(link, None)
+        self._unheard.discard(link)
         if self._links.get(link.peer_id) is link:
             del self._links[link.peer_id]
             self.rtt_ms.pop(link.peer_id, None)
@@ -220,13 +222,17 @@ class Mesh:
             addresses.append((link.remote_address[0], ports.pop()))
         self._book.note_gossip(record.id, addresses, time.monotonic())
 
-    def _gossip(self) -> Gossip:
+    async def _gossip(self, new: Link) -> None:
+        """Make the nodes known to each other. Not before the new one's record is here: of two that come at the same
+        time, the second must hear of the first."""
         nodes = []
         for node_id in self._links:
             member = self.membership.get(node_id)
             if member is not None and member.state is not MemberState.GONE:
                 nodes.append(KnownNode(node_id, member.record.addresses))
-        return Gossip(tuple(nodes[:512]))
+        gossip = Gossip(tuple(nodes[:512]))
+        others = [link for node, link in self._links.items() if node != new.peer_id]
+        await asyncio.gather(*(self._send(link, gossip) for link in [new, *others]))
 
     def _keep(self, task: asyncio.Task[None]) -> None:
         """The event loop alone does not keep a task alive."""
