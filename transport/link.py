@@ -31,19 +31,12 @@ from swarmd.transport.messages import (
 from swarmd.transport.outbox import Outbox
 from swarmd.transport.receiver import Receiver
 from swarmd.transport.streams import RemoteStream
+from swarmd.transport.tls import explain_tampering
 from swarmd.transport.tls_socket import TlsSocket
 
-__all__ = [
-    "PROTOCOL_VERSION",
-    "Hello",
-    "Link",
-    "LinkClosed",
-    "LinkHandler",
-    "RemoteError",
-    "RemoteStream",
-    "Role",
-    "Vocabulary",
-]
+# What a user of links needs, from one place.
+__all__ = ["PROTOCOL_VERSION", "Hello", "Link", "LinkClosed", "LinkHandler", "RemoteError", "RemoteStream", "Role"]
+__all__ += ["Vocabulary"]
 
 log = logging.getLogger("swarmd.transport")
 
@@ -300,8 +293,7 @@ class Link:
             middle = "in the middle of a frame" if self._decoder.in_frame else "without a goodbye"
             self._lose(f"the other side closed the connection {middle}", suspicious=self._decoder.in_frame)
         except ssl.SSLError as error:
-            reason = (error.reason or "no reason").lower().replace("_", " ")
-            self._lose(f"its bytes were changed on the way ({reason})", suspicious=True)
+            self._lose(explain_tampering(error), suspicious=True)
         except FrameError as error:
             self._on_breach(self, error)
             self._post(Flow.GOODBYE, 0, encode_body(one_line(str(error))))

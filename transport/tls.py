@@ -110,3 +110,9 @@ def _context(protocol: int, credentials: Credentials) -> ssl.SSLContext:
     finally:
         Path(name).unlink(missing_ok=True)
     return context
+
+
+def explain_tampering(error: ssl.SSLError) -> str:
+    """Why an established connection cannot be read on: its records do not fit each other any more."""
+    reason = (error.reason or "no reason").lower().replace("_", " ")
+    return f"its bytes were changed on the way ({reason})"

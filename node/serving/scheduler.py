@@ -61,7 +61,7 @@ class Scheduler:
 
     @property
     def kv_tokens_retained(self) -> int:
-        """KV room, in tokens, that sequences which have ended take until somebody needs it."""
+        """KV room, in tokens, that those who have ended take until somebody needs it."""
         return self._kv.retained_tokens
 
     @property
@@ -71,11 +71,7 @@ class Scheduler:
 
     def submit(self, sequence: Sequence) -> None:
         """Take a sequence. Raises QueueFull, or ValueError when it could never get a token."""
-        room = self._limits.room
-        if not 0 < len(sequence.tokens) < room:
-            raise ValueError(f"{len(sequence.tokens)} tokens leave no room in a context of {room}")
-        if sequence.max_tokens < 1:
-            raise ValueError(f"{sequence.max_tokens} tokens were asked for; ask for 1 or more")
+        self._limits.require_room(len(sequence.tokens), sequence.max_tokens)
         if len(self._waiting) >= self._limits.max_waiting:
             raise QueueFull
         self._waiting.append(sequence)
@@ -143,12 +139,9 @@ class Scheduler:
         for chunk in planned.chunks:
             if chunk.seq not in self._by_pipeline:
                 self._kv.discard(chunk.seq)
-        verdict = Verdict.LATER
-        if len(planned.chunks) == 1 and hit and hit[0] in self._suspects and not tainted:
-            verdict = self._suspects.judge(hit[0], own=own)
         hit.sort(key=lambda one: one.pipeline_id)
-        for sequence in hit if not tainted else ():
-            self._suspects.add(sequence)
+        alone = len(planned.chunks) == 1 and bool(hit)
+        verdict = self._suspects.verdict(hit, alone=alone, own=own) if not tainted else Verdict.LATER
         for sequence in reversed(hit):
             if verdict is Verdict.GUILTY:
                 self._release(sequence)
@@ -195,14 +188,11 @@ class Scheduler:
         return chunks
 
     def _draft_rows(self, decoding: int) -> int:
-        if self._drafter is None:
-            return 0
-        return max(0, min(self._limits.draft_rows, self._limits.step_tokens - 1) - decoding)
+        return self._limits.draft_rows_beside(decoding) if self._drafter is not None else 0
 
     def _draft_limit(self, sequence: Sequence) -> int:
         """How many drafts, if all were right, would not lead past the end of the sequence."""
-        wanted = sequence.max_tokens - sequence.generated
-        return min(wanted, self._limits.room - len(sequence.tokens)) - 1
+        return self._limits.left_to(len(sequence.tokens), sequence.max_tokens - sequence.generated) - 1
 
     def _drafts(self, sequence: Sequence, most: int) -> list[int]:
         limit = min(most, self._draft_limit(sequence))

@@ -5,14 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
-from dataclasses import dataclass, field
-from itertools import count
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
-from swarmd.node.serving.compute_thread import ComputeThread
 from swarmd.node.serving.driver import Driver
 from swarmd.node.serving.liveness import Silence
 from swarmd.node.serving.messages import (
@@ -27,16 +24,16 @@ from swarmd.node.serving.messages import (
     Step,
     StepFailed,
 )
-from swarmd.node.serving.profile import Profile, profile_of
+from swarmd.node.serving.profile import profile_of
 from swarmd.node.serving.ring import RingStage, watch
-from swarmd.node.serving.speculation import Speculation
+from swarmd.node.serving.stage_parts import StageParts
 from swarmd.node.serving.steps import Limits, PlannedStep
-from swarmd.transport.endpoint import Endpoint, LinkRefused
+from swarmd.transport.endpoint import LinkRefused
 from swarmd.transport.link import Link, LinkClosed, RemoteError
 from swarmd.transport.log_limit import LogLimit
 
 if TYPE_CHECKING:
-    from swarmd.node.engine.stage_engine import StageEngine
+    pass
 
 log = logging.getLogger("swarmd.stage")
 
@@ -51,29 +48,6 @@ HUNG_TICKS = 8
 MAX_EARLY = 8
 # A stage that failed so often in a row is not to be kept.
 SICK_FAILURES = 2
-
-
-@dataclass
-class StageParts:
-    """What one epoch of a stage process leaves to the next. `settled` says that no kernels are to be compiled any more;
-    `tell` sends a message to the daemon; `numbers` are those of the driver's sequences, none twice.
-    """
-
-    endpoint: Endpoint
-    engine: StageEngine
-    compute: ComputeThread
-    speculation: Speculation | None
-    tell: Callable[[Struct], Awaitable[None]]
-    settled: bool = False
-    numbers: Iterator[int] = field(default_factory=count)
-    profile: Profile | None = None
-    background: set[asyncio.Task[None]] = field(default_factory=set)
-
-    def spawn(self, work: Coroutine[object, object, None]) -> None:
-        """Do something that outlives the epoch."""
-        task = asyncio.create_task(work)
-        self.background.add(task)
-        task.add_done_callback(self.background.discard)
 
 
 class StageEpoch:

@@ -5,14 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import secrets
-import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -28,70 +24,23 @@ from swarmd.node.serving.messages import (
     EngineTrouble,
     LoadEngine,
 )
+from swarmd.node.serving.stage_child import Child, StageKey, StageStatus, can_be_kept, start_process, terminate
 from swarmd.transport.link import Link, LinkClosed, RemoteError
 
 log = logging.getLogger("swarmd.stages")
 
 SPAWN_SECONDS = 60.0
 CONNECT_SECONDS = 15.0
-EXIT_SECONDS = 2.0
 # A step of the epoch before must be over first.
 RENEW_SECONDS = 10.0
 TICK_SECONDS = 0.25
 SILENCE_SECONDS = 2.5
 # While layers are loaded, and until compiled kernels are there: both may hold the interpreter's lock for long.
 UNSETTLED_SILENCE_SECONDS = 120.0
-# libgomp's threads spin for milliseconds at every barrier by default. When anything else wants a core, one stage then
-# runs at a tenth of its speed or less; a short spin costs some speed on an idle machine and none of that.
-SHORT_SPIN = {"GOMP_SPINCOUNT": "1000"}
-
-
-class StageKey(NamedTuple):
-    """Which stage of which plan: an owner gives each of its plans another epoch."""
-
-    instance: str
-    owner: str
-    epoch: int
-    place: int
-
-    @classmethod
-    def of(cls, job: LoadEngine) -> StageKey:
-        """The stage that holds a job."""
-        return cls(job.instance, job.owner, job.epoch, job.index)
-
-    def replaces(self, other: StageKey) -> bool:
-        """Whether the start of this stage ends the other: of its instance, and not another stage of the same plan."""
-        same_plan = self[:3] == other[:3]
-        return self.instance == other.instance and (not same_plan or self.place == other.place)
-
-
-class StageStatus(NamedTuple):
-    """A stage, its process, and its latest sign of life, which tells what it holds of sequences; None before any."""
-
-    job: LoadEngine
-    pid: int
-    beat: EngineBeat | None
-
 
 OnLost = Callable[[LoadEngine, str, bool], None]
 """(its job, the reason, whether the fault is the stage's own and not a neighbour's)."""
 OnProgress = Callable[[LoadEngine, int, int], None]
-
-
-@dataclass(eq=False)
-class _Child:
-    job: LoadEngine
-    process: asyncio.subprocess.Process
-    up: asyncio.Future[Link]
-    watcher: asyncio.Task[None] = field(init=False)
-    loaded: EngineLoaded | None = None
-    load: LoadRecord | None = None
-    beat: EngineBeat | None = None
-    stopping: bool = False
-    # Its epoch is over, and the owner knows.
-    troubled: bool = False
-    # Nothing can be expected of the process any more.
-    sick: bool = False
 
 
 class StageHost:
@@ -118,11 +67,11 @@ class StageHost:
         self._on_lost = on_lost
         self._on_progress = on_progress
         self._on_load = on_load
-        self._children: list[_Child] = []  # until their processes have ended
-        self._by_ticket: dict[str, _Child] = {}
-        self._by_link: dict[Link, _Child] = {}
+        self._children: list[Child] = []  # until their processes have ended
+        self._by_ticket: dict[str, Child] = {}
+        self._by_link: dict[Link, Child] = {}
         self._clock = clock
-        self._silence: Silence[_Child] = Silence(TICK_SECONDS)
+        self._silence: Silence[Child] = Silence(TICK_SECONDS)
         self._guard: asyncio.Task[None] | None = None
 
     @property
@@ -155,7 +104,7 @@ class StageHost:
             raise RemoteError("stale_epoch", f"this node serves epoch {newest} already")
         key = StageKey.of(job)
         replaced = [child for child in self._children if not beside and key.replaces(StageKey.of(child.job))]
-        kept = next((child for child in replaced if _can_be_kept(child, job)), None)
+        kept = next((child for child in replaced if can_be_kept(child, job)), None)
         if kept is not None and (renewed := await self._renew(kept, job)) is not None:
             return renewed
         await self._end([c for c in replaced if c.job.device == job.device or c.job.index == job.index])
@@ -260,7 +209,7 @@ class StageHost:
             if child.process.returncode is None:
                 child.process.kill()
 
-    async def _renew(self, child: _Child, job: LoadEngine) -> EngineLoaded | None:
+    async def _renew(self, child: Child, job: LoadEngine) -> EngineLoaded | None:
         """Have a stage process serve the epoch of a job; None, and it is ended, when it does not."""
         # It belongs to the new epoch from here on, so that other orders of that do not end it.
         child.job, child.load, child.troubled = job, None, True
@@ -277,23 +226,10 @@ class StageHost:
         log.info("stage process %d keeps its layers for epoch %d", child.process.pid, job.epoch)
         return loaded
 
-    async def _spawn(self, job: LoadEngine) -> _Child:
+    async def _spawn(self, job: LoadEngine) -> Child:
         ticket = secrets.token_hex(8)
-        arguments = [
-            *("--data-dir", str(self._data_dir), "--daemon-port", str(self._daemon_port())),
-            *("--ticket", ticket, "--name", self._name),
-            *("--log-level", logging.getLevelName(logging.getLogger().getEffectiveLevel())),
-        ]
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-P",  # or a folder named swarmd in the working directory would be imported instead
-            "-m",
-            "swarmd.node.serving.stage_main",
-            *arguments,
-            stdin=asyncio.subprocess.DEVNULL,
-            env={**SHORT_SPIN, **os.environ},
-        )
-        child = _Child(job, process, asyncio.get_running_loop().create_future())
+        process = await start_process(self._data_dir, self._daemon_port(), ticket, self._name)
+        child = Child(job, process, asyncio.get_running_loop().create_future())
         self._children.append(child)
         self._by_ticket[ticket] = child
         if self._guard is None or self._guard.done():
@@ -302,7 +238,7 @@ class StageHost:
         log.info("stage process %d starts for layers %d to %d on %s", process.pid, job.start, job.end - 1, job.device)
         return child
 
-    async def _watch(self, child: _Child, ticket: str) -> None:
+    async def _watch(self, child: Child, ticket: str) -> None:
         code = await child.process.wait()
         self._by_ticket.pop(ticket, None)
         words = f"the stage process ended with signal {-code}" if code < 0 else f"the stage process exited ({code})"
@@ -319,31 +255,18 @@ class StageHost:
             self.check(self._clock())
             await asyncio.sleep(TICK_SECONDS)
 
-    def _lose(self, child: _Child, reason: str) -> None:
+    def _lose(self, child: Child, reason: str) -> None:
         if not child.stopping and not child.troubled:
             child.troubled = True
             job = child.job
             log.warning("stage %d of %s, epoch %d: %s", job.index, job.instance, job.epoch, reason)
             self._on_lost(child.job, reason, child.sick)
 
-    async def _end(self, children: Iterable[_Child]) -> None:
+    async def _end(self, children: Iterable[Child]) -> None:
         """Terminate stage processes and wait until they are gone, also those that end already; one that does not listen
         is killed.
         """
         ending = list(children)
         for child in ending:
             child.stopping = True
-        await asyncio.gather(*map(_terminate, ending))
-
-
-def _can_be_kept(child: _Child, job: LoadEngine) -> bool:
-    return child.loaded is not None and not (child.stopping or child.sick) and child.job.same_stage(job)
-
-
-async def _terminate(child: _Child) -> None:
-    if child.process.returncode is None:
-        child.process.terminate()
-        _, running = await asyncio.wait({child.watcher}, timeout=EXIT_SECONDS)
-        if running and child.process.returncode is None:
-            child.process.kill()
-    await asyncio.wait({child.watcher})
+        await asyncio.gather(*map(terminate, ending))

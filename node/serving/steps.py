@@ -48,6 +48,21 @@ class Limits:
         """The tokens in all whole blocks."""
         return self.kv_tokens - self.kv_tokens % self.kv_block
 
+    def require_room(self, tokens: int, max_tokens: int) -> None:
+        """Raises ValueError for a sequence that could never get a token."""
+        if not 0 < tokens < self.room:
+            raise ValueError(f"{tokens} tokens leave no room in a context of {self.room}")
+        if max_tokens < 1:
+            raise ValueError(f"{max_tokens} tokens were asked for; ask for 1 or more")
+
+    def left_to(self, tokens: int, wanted: int) -> int:
+        """How many more tokens a sequence gets that has so many, and wants so many."""
+        return min(wanted, self.room - tokens)
+
+    def draft_rows_beside(self, decoding: int) -> int:
+        """How many drafts a step has room for beside the tokens of those who decode."""
+        return max(0, min(self.draft_rows, self.step_tokens - 1) - decoding)
+
     def in_blocks(self, tokens: int) -> int:
         """The tokens of the blocks that hold so many."""
         return tokens + -tokens % self.kv_block

@@ -55,6 +55,16 @@ class Suspects:
         """A step with tokens went through all stages."""
         self._answered += 1
 
+    def verdict(self, hit: list[Sequence], *, alone: bool, own: bool) -> Verdict:
+        """What comes of a step that failed: of the one in it, if it was `alone` and a suspect; the others are now.
+
+        `own`: it failed by what was asked of it, not by the state of the stage.
+        """
+        verdict = self.judge(hit[0], own=own) if alone and hit[0] in self else Verdict.LATER
+        for sequence in hit:
+            self.add(sequence)
+        return verdict
+
     def add(self, sequence: Sequence) -> None:
         """A sequence was in a step that failed."""
         if sequence not in self:

@@ -26,7 +26,7 @@ from swarmd.node.cluster.messages import (
 from swarmd.node.cluster.stage_orders import UNOWNED_SECONDS, UNTAKEN_SECONDS, StageOrders
 from swarmd.node.models.manifest import ModelManifest
 from swarmd.node.models.progress import Progress
-from swarmd.node.serving import stage_host
+from swarmd.node.serving import stage_child, stage_host
 from swarmd.node.serving.messages import EngineBeat, EngineProgress, EngineTrouble
 from swarmd.node.serving.stage_host import StageHost
 from swarmd.transport.link import RemoteError
@@ -182,7 +182,7 @@ async def test_a_stage_waits_for_the_one_before_it_on_its_device_to_be_gone(
     node: OneNode, monkeypatch: pytest.MonkeyPatch
 ):
     """Or there would be too little memory for it."""
-    monkeypatch.setattr(stage_host, "EXIT_SECONDS", 60.0)
+    monkeypatch.setattr(stage_child, "EXIT_SECONDS", 60.0)
     await node.both()
     old = node.stages.all[0]
     old.deaf = True
@@ -281,7 +281,7 @@ async def test_a_process_that_loads_or_compiles_may_be_silent_for_longer(node: O
 
 
 async def test_one_that_does_not_listen_is_killed(node: OneNode, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(stage_host, "EXIT_SECONDS", 0.01)
+    monkeypatch.setattr(stage_child, "EXIT_SECONDS", 0.01)
     await node.both()
     node.stages.all[1].deaf = True
     await node.orders.carry_out(OWNER, StopStage("i", 1))
