@@ -17,6 +17,7 @@ from swarmd.node.serving.scheduler import Scheduler
 from swarmd.node.serving.sequences import Sequence
 from swarmd.node.serving.speculation import Speculation
 from swarmd.node.serving.steps import Limits, PlannedStep, Progress, QueueFull
+from swarmd.node.serving.waiting_room import WaitingRoom
 from swarmd.transport.link import RemoteError
 
 _Outcome = Token | Finished | RemoteError
@@ -63,6 +64,7 @@ class Driver:
         self._limits = limits
         self._speculation = speculation
         self._scheduler = Scheduler(limits, speculation)
+        self._room = WaitingRoom(limits)
         self._run_step = run_step
         self._make_guesses = make_guesses
         self._clock = clock
@@ -126,7 +128,7 @@ class Driver:
     async def generate(self, request: Generate) -> AsyncGenerator[Token | Finished]:
         """The tokens of one request, ended by Finished. Leaving early cancels it on every stage.
 
-        Raises RemoteError: `overloaded`, `invalid`, or what `fail` was told.
+        Raises RemoteError: `overloaded`, `queue_timeout` (see `expire`), `invalid`, or what `fail` was told.
         """
         entry = self._submit(request)
         try:
@@ -139,6 +141,7 @@ class Driver:
                     return
         finally:
             del self._requests[entry.sequence.seq]
+            self._room.leave(entry.sequence)
             self._scheduler.cancel(entry.sequence)
             self._wake.set()
 
@@ -163,6 +166,12 @@ class Driver:
             self.on_sick(message.reason)
         self._wake.set()
 
+    def expire(self) -> None:
+        """End the requests that have waited too long for their turn. To be called a few times a second."""
+        for seq in self._room.overdue(self._clock()):
+            words = "the request waited too long for its turn; try again in a few seconds"
+            self._requests[seq].outcomes.put_nowait(RemoteError("queue_timeout", words))
+
     def fail(self, code: str, reason: str) -> None:
         """End every request, and refuse those to come."""
         if self._failure is None:
@@ -174,6 +183,8 @@ class Driver:
     def _plan(self) -> PlannedStep | None:
         begin = self._clock() if self.profile is not None else 0.0
         step = self._scheduler.next_step()
+        if step is not None and step.open:
+            self._room.let_in()
         if self.profile is not None and step is not None:
             self.profile.add("schedule", self._clock() - begin)
         return step
@@ -205,12 +216,14 @@ class Driver:
             frozenset(request.stop_tokens),
         )
         try:
+            self._room.check(len(sequence.tokens))
             self._scheduler.submit(sequence)
         except QueueFull:
             raise RemoteError("overloaded", "too many requests are waiting; try again in a few seconds") from None
         except ValueError as error:
             raise RemoteError("invalid", str(error)) from None
         entry = self._requests[sequence.seq] = _Request(sequence)
+        self._room.enter(sequence, self._clock())
         self._wake.set()
         return entry
 

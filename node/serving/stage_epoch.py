@@ -177,6 +177,7 @@ class StageEpoch:
             await self.break_ring(f"{link.peer.name} has said nothing for {silent:.1f} s")
         elif self._ring is not None and (driver := self._ring.driver) is not None:
             self._parts.settled |= driver.settled
+            driver.expire()
             waited = driver.hung_for()
             # One look is not enough: perhaps this process itself stood still, and the answer is about to be read.
             self._hung_ticks = self._hung_ticks + 1 if waited else 0

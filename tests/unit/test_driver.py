@@ -182,6 +182,44 @@ async def test_overload_is_said_at_once_and_passes():
         assert await collect(ring, request([9])) == (solo_run([9], 1, 10), "length")
 
 
+async def test_who_is_not_let_in_for_a_minute_is_told_and_who_was_goes_on():
+    limits = Limits(n_stages=1, kv_tokens=200, context=60, **(SMALL | {"max_running": 1}))
+    async with running(limits) as ring:
+        ring.held = True
+        first = asyncio.create_task(collect(ring, request([0], 3)))
+        await ring.until(lambda: ring.driver.load.running == 1)
+        ring.now = 10.0
+        late, later = (asyncio.create_task(collect(ring, request([index], 3))) for index in (1, 2))
+        await asyncio.sleep(0)
+        ring.now = 69.0
+        ring.driver.expire()
+        assert ring.driver.load.waiting == 2
+        late.cancel()  # who leaves in time is not missed
+        ring.now = 70.0
+        ring.driver.expire()
+        with pytest.raises(RemoteError) as ended:
+            await later
+        assert ended.value.code == "queue_timeout"
+        assert (ring.driver.load.running, ring.driver.load.waiting) == (1, 0)
+        ring.release()
+        assert await first == (solo_run([0], 1, 3), "length")
+
+
+async def test_long_prompts_that_wait_are_bounded_by_their_tokens():
+    limits = Limits(n_stages=1, kv_tokens=60, context=60, **(SMALL | {"max_running": 1}))
+    async with running(limits) as ring:
+        ring.held = True
+        tasks = [asyncio.create_task(collect(ring, request([0], 3)))]
+        await ring.until(lambda: ring.driver.load.running == 1)
+        prompts = [[index, *range(47)] for index in range(10)]
+        tasks += [asyncio.create_task(collect(ring, request(prompt, 3))) for prompt in prompts]
+        with pytest.raises(RemoteError) as refused:
+            await asyncio.create_task(collect(ring, request(range(48), 3)))
+        assert refused.value.code == "overloaded"
+        ring.release()
+        assert [await task for task in tasks] == [(solo_run(prompt, 1, 3), "length") for prompt in ([0], *prompts)]
+
+
 @pytest.mark.parametrize(("prompt", "max_tokens"), [(range(60), 5), ((), 5), ((1,), 0)])
 async def test_what_cannot_be_served_is_refused_as_invalid(prompt, max_tokens):
     async with running() as ring:
