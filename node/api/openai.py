@@ -11,6 +11,7 @@ import msgspec
 from aiohttp import web
 
 from swarmd.node.api.errors import ApiError, json_response
+from swarmd.node.api.event_stream import EventStream
 from swarmd.node.api.openai_schema import ChatRequest, CompletionRequest, parse
 from swarmd.node.api.view import NODE, NodeView, guarded
 from swarmd.node.serving.gateway import Prepared
@@ -174,25 +175,27 @@ async def _stream(
     The headers wait for the first token, so that a request refused until then gets its status and `Retry-After`. Later
     errors are typed events.
     """
-    response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
-    async with aclosing(node.observe(prepared)) as items, aclosing(_choices(items, shape)) as chunks:
+    stream = EventStream(request)
+    async with (
+        aclosing(node.observe(prepared)) as items,
+        aclosing(_choices(items, shape)) as chunks,
+        stream.commented(),
+    ):
         try:
             async for choices, usage in chunks:
-                if not response.prepared:
-                    await response.prepare(request)
                 bodies = [head | {"choices": [choice]} for choice in choices]
                 if include_usage:
                     bodies = [body | {"usage": None} for body in bodies]
                     if usage is not None:
                         bodies.append(head | {"choices": [], "usage": usage})
-                await response.write(b"".join(map(_event, bodies)))
+                await stream.write(b"".join(map(_event, bodies)))
         except GenerationError as error:
-            if not response.prepared:
+            if not stream.begun:
                 raise ApiError.of(error) from error
-            await response.write_eof(_event(ApiError.of(error).body()))
+            await stream.end(_event(ApiError.of(error).body()))
         else:
-            await response.write_eof(b"data: [DONE]\n\n")
-    return response
+            await stream.end(b"data: [DONE]\n\n")
+    return stream.response
 
 
 async def _choices(

@@ -12,6 +12,7 @@ from aiohttp import web
 
 from swarmd.node.api import openai, pages, swarm
 from swarmd.node.api.errors import ApiError
+from swarmd.node.api.event_stream import LIMITS, StreamLimits
 from swarmd.node.api.malformed import http_log
 from swarmd.node.api.security import add_headers, guard
 from swarmd.node.api.view import NODE, NodeView
@@ -29,10 +30,17 @@ IDLE_SECONDS = 60.0
 _LOOPBACK_OF = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
-def make_app(node: NodeView, *, api_key: str | None, known_hosts: frozenset[str]) -> web.Application:
+def make_app(
+    node: NodeView,
+    *,
+    api_key: str | None,
+    known_hosts: frozenset[str],
+    limits: StreamLimits = StreamLimits(),  # noqa: B008 - frozen
+) -> web.Application:
     """The whole API as an aiohttp application."""
     app = web.Application(middlewares=[_errors, guard(api_key, known_hosts)], client_max_size=MAX_BODY_BYTES)
     app[NODE] = node
+    app[LIMITS] = limits
     app.on_response_prepare.append(add_headers)
     for part in (openai, swarm, pages):
         part.add_routes(app)

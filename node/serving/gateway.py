@@ -26,6 +26,7 @@ from swarmd.transport.link import Link, LinkClosed, RemoteError, RemoteStream
 log = logging.getLogger("swarmd.gateway")
 
 READY_SECONDS = 30.0
+MOST_STREAMS = 384
 WATCH_SECONDS = 0.5
 # What a driver says when another one, of a later epoch, will answer; those of the second kind accuse nobody.
 _LOST_CODES = frozenset({"stage_lost", "unreachable"})
@@ -57,7 +58,7 @@ class Gateway:
     (ModelNameError, ModelFileError, OSError when it cannot), `driver_link` is a link to its driver (RemoteError
     `unreachable`), `load_front` its tokenizer and template; `changed` fires when the swarm's state has.
 
-    `streams` is how many answers are under way here; while `leaving`, no new ones are taken.
+    `streams` is how many answers are under way here, `most_streams` at most; while `leaving`, no new ones are taken.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Gateway:
         load_front: LoadFront,
         changed: Signal,
         patience: Patience = Patience(),  # noqa: B008 - frozen
+        most_streams: int = MOST_STREAMS,
     ) -> None:
         self._find = find
         self._launch = launch
@@ -77,11 +79,26 @@ class Gateway:
         self.leaving = False
         self.streams = 0
         self._patience = patience
+        self._most_streams = most_streams
+        self._preparing = 0
 
     async def prepare(self, request: GenerationRequest) -> Prepared:
         """Check a request against its model. Raises GenerationError; nothing is computed yet."""
         if self.leaving:
             raise GenerationError("node_leaving", "this node is leaving the swarm; ask another node", retry_after=5)
+        self._admit(self.streams + self._preparing)
+        self._preparing += 1
+        try:
+            return await self._prepare(request)
+        finally:
+            self._preparing -= 1
+
+    def _admit(self, others: int) -> None:
+        if others >= self._most_streams:
+            words = f"this node has {others} answers under way, as many as it takes; ask another, or in a moment"
+            raise GenerationError("overloaded", words, retry_after=2, unavailable=True)
+
+    async def _prepare(self, request: GenerationRequest) -> Prepared:
         if self._find(request.model) is None:
             await self._start(request.model)
         record = await self._ready(request.model, READY_SECONDS)
@@ -111,7 +128,8 @@ class Gateway:
         return Prepared(request, record, front, prompt, max_tokens)
 
     async def stream(self, prepared: Prepared) -> AsyncGenerator[Piece | Ending]:
-        """The answer, ended by Ending, as `_stream` gives it."""
+        """The answer, ended by Ending, as `_stream` gives it. Raises GenerationError."""
+        self._admit(self.streams)
         self.streams += 1
         try:
             async with aclosing(self._stream(prepared)) as pieces:

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any, cast
 
 from swarmd.discovery.records import InstanceRecord, InstanceState, ModelSummary
+from swarmd.node.api.event_stream import StreamLimits
 from swarmd.node.api.server import HttpServer, make_app
 from swarmd.node.cluster.signal import Signal
 from swarmd.node.models.progress import Progress
@@ -81,10 +82,14 @@ class FakeNode:
 
 @asynccontextmanager
 async def serving(
-    node: FakeNode, *, api_key: str | None = None, known_hosts: frozenset[str] = frozenset()
+    node: FakeNode,
+    *,
+    api_key: str | None = None,
+    known_hosts: frozenset[str] = frozenset(),
+    limits: StreamLimits = StreamLimits(),  # noqa: B008 - frozen
 ) -> AsyncIterator[str]:
     """The real API over a fake node; its URL."""
-    server = HttpServer(make_app(node, api_key=api_key, known_hosts=known_hosts))
+    server = HttpServer(make_app(node, api_key=api_key, known_hosts=known_hosts, limits=limits))
     await server.start(("127.0.0.1", 0))
     try:
         yield server.url

@@ -15,6 +15,7 @@ from swarmd.node.serving.messages import Finished, Generate, Sampled, StepFailed
 from swarmd.node.serving.speculation import Speculation
 from swarmd.node.serving.steps import Limits, PlannedStep
 from swarmd.transport.link import RemoteError
+from swarmd.transport.streams import STREAM_WINDOW, SendWindow, produce
 
 SMALL = {"step_tokens": 16, "growth": 4, "max_running": 8, "kv_block": 1, "max_retained": 0}
 LIMITS = Limits(n_stages=2, kv_tokens=200, context=60, max_waiting=4, **SMALL)
@@ -338,3 +339,28 @@ async def test_slow_links_bring_more_steps_into_flight():
         answers = await asyncio.gather(*(collect(ring, request([index, 1], 40)) for index in range(4)))
     assert [tokens for tokens, _ in answers] == [solo_run([index, 1], 2, 40) for index in range(4)]
     assert ring.most_in_flight == 4, "one for each sequence, as ten would fit"
+
+
+async def test_a_reader_that_stands_still_holds_up_nobody_and_frees_its_place_when_it_is_dropped():
+    """Its tokens fill the window of its stream over the link; another's, as many, all arrive."""
+    limits = Limits(n_stages=2, kv_tokens=2000, context=1000, **SMALL)
+    count = 3 * STREAM_WINDOW
+    async with running(limits) as ring:
+        stalled, read = [], []
+
+        async def to_stalled(item):
+            stalled.append(item)
+
+        async def to_reader(item):
+            read.append(item)
+            window.grant(1)
+
+        window = SendWindow()
+        left = asyncio.create_task(produce(ring.driver.generate(request([1, 2], count)), SendWindow(), to_stalled))
+        await produce(ring.driver.generate(request([4, 5], count)), window, to_reader)
+        assert [item.token for item in read[:-1]] == solo_run([4, 5], 2, count)
+        assert len(stalled) == STREAM_WINDOW
+        left.cancel()
+        await asyncio.gather(left, return_exceptions=True)
+        await ring.until(lambda: not ring.cached)
+        assert (ring.driver.load.running, ring.driver.load.kv_tokens_used) == (0, 0)

@@ -64,12 +64,12 @@ class Driver:
 class Swarm:
     """One instance whose driver in epoch n is the n-th; `record` is what the entry node knows."""
 
-    def __init__(self, *drivers: Driver) -> None:
+    def __init__(self, *drivers: Driver, **bounds: int) -> None:
         self.drivers = dict(enumerate(drivers, start=1))
         self.changed = Signal()
         self.record: InstanceRecord | None = InstanceRecord("i", MODEL, InstanceState.READY, 1)
         self.gateway = Gateway(
-            lambda name: self.record, cast(Any, None), self.link, cast(Any, None), self.changed, PATIENCE
+            lambda name: self.record, cast(Any, None), self.link, cast(Any, None), self.changed, PATIENCE, **bounds
         )
 
     async def link(self, record: InstanceRecord) -> Any:
@@ -164,6 +164,39 @@ async def test_what_a_driver_refuses_is_said_at_once(said, code, unavailable):
         await Swarm(Driver(0, RemoteError(said, "no"))).answer()
     assert (failed.value.code, failed.value.unavailable) == (code, unavailable)
     assert (failed.value.retry_after is not None) == (code == "overloaded")
+
+
+async def test_no_more_answers_are_taken_than_the_node_can_carry():
+    swarm = Swarm(Driver(3, None), most_streams=2)
+    request = GenerationRequest("m", SamplingParams(), None, prompt="?")
+    tasks = [asyncio.create_task(swarm.answer()) for _ in range(2)]
+    await eventually(lambda: swarm.gateway.streams == 2)
+    for refused in (swarm.gateway.prepare(request), swarm.answer()):
+        with pytest.raises(GenerationError) as full:
+            await refused
+        assert (full.value.code, full.value.unavailable, full.value.retry_after) == ("overloaded", True, 2)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert swarm.gateway.streams == 0
+    swarm.drivers[1].count = 1000
+    assert await swarm.answer() == await undisturbed()
+
+
+async def test_requests_that_are_still_being_read_count_too():
+    swarm = Swarm(Driver(1000, None), most_streams=2)
+    swarm.become(1, InstanceState.LOADING)
+    request = GenerationRequest("m", SamplingParams(), None, prompt="?")
+    tasks = [asyncio.create_task(swarm.gateway.prepare(request)) for _ in range(2)]
+    await asyncio.sleep(0)  # both wait for the model
+    with pytest.raises(GenerationError) as full:
+        await swarm.gateway.prepare(request)
+    assert (full.value.code, full.value.unavailable) == ("overloaded", True)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    swarm.become(1)
+    assert await swarm.answer() == await undisturbed()
 
 
 async def test_an_answer_that_has_begun_waits_for_a_place_in_the_next_epoch():
