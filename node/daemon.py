@@ -249,6 +249,8 @@ class Daemon:
             return
         self.trust.on_members(changes)
         for change in changes:
+            if change.heard_again:
+                self.instances.on_heard_again(change.node_id)
             if change.state is MemberState.GONE:
                 member = self.mesh.membership.get(change.node_id)
                 if member is not None and not member.record.leaving:

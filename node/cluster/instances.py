@@ -6,13 +6,14 @@ A thin pump around the `Ledger`: it tells it what happens, and carries out its a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 
 from msgspec import Struct
 
-from swarmd.discovery.records import Claim, InstanceRecord, ModelSummary, NodeRecord, StageRecord
+from swarmd.discovery.records import Claim, InstanceRecord, InstanceState, ModelSummary, NodeRecord, StageRecord
 from swarmd.node.cluster.actions import Action, FetchStages, StartStages, StopStages, TakeStages, WireStages
 from swarmd.node.cluster.bring_up import BringUp
 from swarmd.node.cluster.ledger import Ledger, Ordered, View
@@ -126,6 +127,14 @@ class Instances:
     def on_gone(self, node: str) -> None:
         """A member went without a word."""
         self._ledger.on_gone(node, time.monotonic())
+
+    def on_heard_again(self, node: str) -> None:
+        """A member was away for a moment, and may have started anew: ask for the stages that it should hold."""
+        for instance_id, owned in self._ledger.owned.items():
+            if owned.record.state is InstanceState.READY:
+                for index, stage in enumerate(owned.record.stages):
+                    if stage.node == node:
+                        self._spawn(self._take_stage(node, TakeStage(instance_id, owned.epoch, index)))
 
     def on_report(self, sender: str, report: StageProgress | StageLost) -> None:
         """A member reports on a stage that this node ordered of it; reports on others' stages are refused."""
@@ -251,7 +260,12 @@ class Instances:
         return LinkEnd(stage.device.partition(":")[0], wishes[0] if wishes else "auto")
 
     async def _take_stage(self, node: str, order: TakeStage) -> None:
-        await self._order_stage(node, order, STOP_SECONDS)
+        """A stage that its node does not have is lost; whether its node is, others find out."""
+        with contextlib.suppress(LinkClosed, TimeoutError):
+            try:
+                await self._order(node, order, STOP_SECONDS)
+            except RemoteError as error:
+                self._lose(order, f"node {node[:12]}: {error.message}")
 
     async def _tell(self, node: str, order: StopStage) -> None:
         try:
@@ -260,23 +274,28 @@ class Instances:
             log.debug("stage on %s not stopped: %s", node[:12], error)
 
     async def _order_stage(
-        self, node: str, order: StartStage | WireStage | TakeStage, seconds: float | None, *, starting: bool = False
+        self, node: str, order: StartStage | WireStage, seconds: float | None, *, starting: bool = False
     ) -> Struct | None:
         """The answer, or None after the failure was fed back as the loss of the stage."""
         try:
             return await self._order(node, order, seconds)
         except (RemoteError, LinkClosed, TimeoutError) as error:
             refused = isinstance(error, RemoteError)
-            reason = f"node {node[:12]}: {error.message if refused else error}"
             # Who serves a later order is not to blame.
             culprit = node if starting and not (refused and error.code == "stale_epoch") else ""
-            now = time.monotonic()
-            self._act(
-                lambda: self._ledger.on_stage_lost(
-                    order.instance, order.epoch, reason, now, culprit=culprit, starting=starting
-                )
-            )
+            reason = f"node {node[:12]}: {error.message if refused else error}"
+            self._lose(order, reason, culprit=culprit, starting=starting)
             return None
+
+    def _lose(
+        self, order: StartStage | WireStage | TakeStage, reason: str, *, culprit: str = "", starting: bool = False
+    ) -> None:
+        now = time.monotonic()
+        self._act(
+            lambda: self._ledger.on_stage_lost(
+                order.instance, order.epoch, reason, now, culprit=culprit, starting=starting
+            )
+        )
 
     def _spawn(self, work: Coroutine[object, object, None]) -> None:
         task = asyncio.create_task(work)

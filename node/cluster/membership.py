@@ -43,11 +43,12 @@ class Member:
 
 @dataclass(frozen=True)
 class MemberChange:
-    """A node's state changed, or (`state` ALIVE and `joined` False) its record did."""
+    """A node's state changed, or its record did. `heard_again`: it was silent or without a link, and is back."""
 
     node_id: str
     state: MemberState
     joined: bool = False
+    heard_again: bool = False
 
 
 class Membership:
@@ -159,7 +160,7 @@ class Membership:
             return []
         was_gone = member.state is MemberState.GONE
         [change] = self._move(member, MemberState.ALIVE, now)
-        return [MemberChange(change.node_id, change.state, joined=was_gone)]
+        return [MemberChange(change.node_id, change.state, joined=was_gone, heard_again=True)]
 
     def _move(self, member: Member, state: MemberState, now: float) -> list[MemberChange]:
         member.state, member.since = state, now

@@ -29,7 +29,8 @@ LAST_RETRY_SECONDS = 15.0
 STEADY_SECONDS = 10.0
 # A better plan must have been the better one for so long, and the present one must have served for so long.
 GAIN_SECONDS = 2.0
-# So much longer if streams would have to wait for it.
+# If streams could have to wait for it, nobody must have been seen for so long, or it must have lasted much longer.
+IDLE_SECONDS = 4.0
 BUSY_GAIN_SECONDS = 30.0
 FIRST_MOVE_RETRY_SECONDS = 5.0
 LAST_MOVE_RETRY_SECONDS = 300.0
@@ -69,6 +70,7 @@ class OwnedInstance:
         self._retry_at = -math.inf
         self._ready_at = math.inf
         self._gain_since: float | None = None
+        self._busy_at = -math.inf
         self._move_retry_seconds = FIRST_MOVE_RETRY_SECONDS
         self._move_at = -math.inf
 
@@ -253,6 +255,7 @@ class OwnedInstance:
 
     def _consider_move(self, around: Surroundings, now: float, idle: bool) -> list[Action]:
         """While serving: make room for nodes that leave, and use better plans that last."""
+        self._busy_at = self._busy_at if idle else now
         if self._move is not None or now < self._move_at:
             return []
         if any(stage.node in around.leaving for stage in self.record.stages):
@@ -265,7 +268,9 @@ class OwnedInstance:
         lasted = now - max(self._gain_since, self._ready_at)
         if lasted < GAIN_SECONDS:
             return []
-        return self._start_move(around, better, disturb=idle or lasted >= BUSY_GAIN_SECONDS)
+        # Streams that have lost their pipeline come back in a moment: who serves is not idle at once.
+        quiet = idle and now - max(self._busy_at, self._ready_at) >= IDLE_SECONDS
+        return self._start_move(around, better, disturb=quiet or lasted >= BUSY_GAIN_SECONDS)
 
     def _start_move(self, around: Surroundings, reason: str, *, disturb: bool) -> list[Action]:
         """Bring the new plan up beside the old one; where memory is short and it may `disturb`, in its place."""

@@ -40,6 +40,7 @@ log = logging.getLogger("swarmd.stages")
 UNOWNED_SECONDS = 30.0
 # An owner that takes over, or plans anew, tells the stages that it keeps at once.
 UNTAKEN_SECONDS = 5.0
+MAX_LOST = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +85,7 @@ class StageOrders:
         self._speculate = speculate
         self.draft_path: Path | None = None
         self._wanted: dict[LoadEngine, float] = {}
+        self._lost: list[StageLost] = []
         self.host: StageHost | None = None
         self.admission: Admission | None = None
 
@@ -103,14 +105,16 @@ class StageOrders:
 
     def on_lost(self, job: LoadEngine, reason: str, own_fault: bool) -> None:
         """A stage of this node ended by itself, or by the fault of a neighbour."""
-        self._deliver(job.owner, StageLost(job.instance, job.epoch, job.index, reason[:1000], own_fault))
+        report = StageLost(job.instance, job.epoch, job.index, reason[:1000], own_fault)
+        self._lost = [*self._lost[1 - MAX_LOST :], report]
+        self._deliver(job.owner, report)
 
     def on_progress(self, job: LoadEngine, done: int, total: int) -> None:
         """A stage of this node reads its weights; fetching counts as the first half."""
         self._deliver(job.owner, StageProgress(job.instance, job.epoch, job.index, total + done, 2 * total))
 
     async def prune(self, claims: Mapping[str, Claim], now: float) -> None:
-        """End this node's stages that nobody orders any more.
+        """End this node's stages that nobody orders any more, and report again the losses that nobody acted on.
 
         Their instance has moved on to a later epoch without this node, or has another owner who did not take them; or
         it has had no owner for long. `claims` are those that count, by instance; `now` is in seconds.
@@ -118,6 +122,10 @@ class StageOrders:
         assert self.host is not None
         jobs = self.host.jobs
         self._wanted = {job: self._wanted.get(job, now) for job in jobs}
+        # Whoever owned the stage may have been away when it was lost, or is another one now.
+        self._lost = [lost for lost in self._lost if _counts(lost, claims.get(lost.instance))]
+        for lost in self._lost:
+            self._deliver(claims[lost.instance].owner, lost)
         for job in jobs:
             claim = claims.get(job.instance)
             if claim is not None and claim.owner == job.owner and claim.epoch <= job.epoch:
@@ -223,6 +231,10 @@ class StageOrders:
 
     def _reachable_first(self, node: str, addresses: tuple[Address, ...]) -> tuple[Address, ...]:
         return reachable_first(self._own_id, self._mesh(), node, addresses)
+
+
+def _counts(lost: StageLost, claim: Claim | None) -> bool:
+    return claim is not None and claim.epoch == lost.epoch
 
 
 def reachable_first(own_id: str, mesh: Mesh, node: str, addresses: tuple[Address, ...]) -> tuple[Address, ...]:

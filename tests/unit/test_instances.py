@@ -19,9 +19,10 @@ from swarmd.discovery.records import (
 )
 from swarmd.node.cluster.instances import Instances
 from swarmd.node.cluster.ledger import View
-from swarmd.node.cluster.messages import StageProgress, StageStarted, StageWired, StartStage, WireStage
+from swarmd.node.cluster.messages import StageProgress, StageStarted, StageWired, StartStage, TakeStage, WireStage
 from swarmd.partition.costs import ModelCosts
 from swarmd.partition.plan import Promise
+from swarmd.transport.link import RemoteError
 
 MB = 1_000_000
 A, B = "a" * 64, "b" * 64
@@ -46,13 +47,19 @@ class Swarm:
         self.orders: list[tuple[str, Struct]] = []
         self.instances = Instances(A, lambda: View(nodes), self.order, self.changed, wire_dtype="f32", split=False)
         self.ready = asyncio.Event()
+        self.lost = asyncio.Event()
+        self.forgotten = False
 
     def changed(self) -> None:
         if any(record.state is InstanceState.READY for record in self.instances.owned):
             self.ready.set()
+        elif self.ready.is_set():
+            self.lost.set()
 
     async def order(self, to: str, order: Struct, seconds: float | None) -> Struct:
         self.orders.append((to, order))
+        if isinstance(order, TakeStage) and self.forgotten:
+            raise RemoteError("stale_epoch", "this node has no such stage")
         if isinstance(order, StartStage):
             self.instances.on_report(to, StageProgress(order.instance, order.epoch, order.index, 5, 10))
             self.instances.on_report(B, StageProgress(order.instance, order.epoch, order.index, 7, 10))
@@ -92,3 +99,16 @@ async def test_what_another_instance_holds_is_taken_from_its_device_alone():
     free = Swarm(node(A, device("cuda:0", 110), device("cpu", 120)), node(B))
     assert [stage.device for stage in (await free.run()).stages] == ["cuda:0"], "an accelerator before a larger CPU"
     await free.instances.close()
+
+
+async def test_a_member_that_was_away_is_asked_for_its_stages_and_a_loss_is_acted_on():
+    swarm = Swarm(node(A, device("cpu", 50)), node(B, device("cpu", 95)))
+    record = await swarm.run()
+    assert [stage.node for stage in record.stages] == [B]
+    swarm.instances.on_heard_again(A)
+    swarm.forgotten = True
+    swarm.instances.on_heard_again(B)
+    async with asyncio.timeout(10):
+        await swarm.lost.wait()
+    assert [to for to, order in swarm.orders if isinstance(order, TakeStage)] == [B]
+    await swarm.instances.close()

@@ -122,21 +122,21 @@ def test_a_suspect_that_leaves_is_gone_with_its_link():
 def test_a_suspect_that_speaks_again_is_alive_and_has_not_joined_anew():
     membership = member()
     membership.tick(SUSPECT_SECONDS)
-    assert membership.on_heard(A, SUSPECT_SECONDS + 1) == [MemberChange(A, ALIVE)]
+    assert membership.on_heard(A, SUSPECT_SECONDS + 1) == [MemberChange(A, ALIVE, heard_again=True)]
     assert membership.tick(SUSPECT_SECONDS + GONE_SECONDS) == []
 
 
 def test_a_suspect_whose_link_is_back_is_alive():
     membership = member()
     membership.on_unlinked(A, 1)
-    assert membership.on_linked(A, 2) == [MemberChange(A, ALIVE)]
+    assert membership.on_linked(A, 2) == [MemberChange(A, ALIVE, heard_again=True)]
 
 
 def test_who_was_silent_for_long_over_a_link_that_held_joins_again_when_it_speaks():
     membership = member()
     membership.tick(SUSPECT_SECONDS)
     membership.tick(SUSPECT_SECONDS + GONE_SECONDS)
-    assert membership.on_heard(A, 10) == [MemberChange(A, ALIVE, joined=True)]
+    assert membership.on_heard(A, 10) == [MemberChange(A, ALIVE, joined=True, heard_again=True)]
 
 
 def test_who_is_gone_and_linked_again_joins_with_its_new_record_and_not_with_the_old_one():
@@ -144,7 +144,7 @@ def test_who_is_gone_and_linked_again_joins_with_its_new_record_and_not_with_the
     membership.on_unlinked(A, 1)
     assert membership.on_linked(A, 5) == []
     assert membership.alive() == [], "what it said before it left does not count any more"
-    assert membership.on_record(record(counter=8), 5) == [MemberChange(A, ALIVE, joined=True)]
+    assert membership.on_record(record(counter=8), 5) == [MemberChange(A, ALIVE, joined=True, heard_again=True)]
     assert membership.alive() == [record(counter=8)]
 
 
@@ -184,7 +184,7 @@ def test_who_hangs_over_a_link_that_holds_is_not_forgotten_because_its_record_wi
     for now in (SUSPECT_SECONDS, SUSPECT_SECONDS + GONE_SECONDS, 2 * FORGET_SECONDS):
         membership.tick(now)
     assert state(membership) is GONE
-    assert membership.on_heard(A, 2 * FORGET_SECONDS) == [MemberChange(A, ALIVE, joined=True)]
+    assert membership.on_heard(A, 2 * FORGET_SECONDS) == [MemberChange(A, ALIVE, joined=True, heard_again=True)]
 
 
 def test_only_so_many_are_remembered_and_the_latest_of_them():

@@ -15,6 +15,7 @@ from swarmd.node.cluster.ownership import (
     FIRST_MOVE_RETRY_SECONDS,
     FIRST_RETRY_SECONDS,
     GAIN_SECONDS,
+    IDLE_SECONDS,
     LAST_RETRY_SECONDS,
     STEADY_SECONDS,
     OwnedInstance,
@@ -321,7 +322,11 @@ def test_where_memory_is_short_layers_are_fetched_first_and_then_the_stages_chan
     more = around(a=70, b=30, c=30)
     assert owned.consider(more, 5, idle=False) == []
     assert owned.consider(more, 5 + BUSY_GAIN_SECONDS - 0.1, idle=False) == [], "streams would have to wait"
-    [fetch] = owned.consider(more, 5 + BUSY_GAIN_SECONDS - 0.1, idle=True)
+    assert owned.consider(more, 5 + BUSY_GAIN_SECONDS - 0.1, idle=True) == [], "perhaps for a moment only"
+    owned = ready(around(a=70), split=True)
+    owned.consider(more, 5, idle=False)
+    assert owned.consider(more, 5 + IDLE_SECONDS - 0.1, idle=True) == []
+    [fetch] = owned.consider(more, 5 + IDLE_SECONDS, idle=True)
     assert isinstance(fetch, FetchStages)
     assert (fetch.epoch, len(fetch.plan.stages), owned.record.state) == (2, 3, InstanceState.READY)
     assert owned.on_fetched(2, 0) == owned.on_fetched(2, 1) == owned.on_fetched(2, 0) == []

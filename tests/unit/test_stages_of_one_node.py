@@ -354,3 +354,15 @@ async def test_a_stage_beside_another_ends_nothing_and_is_stopped_alone(node: On
     await node.start(1, epoch=5, beside=True)
     await node.orders.carry_out(OWNER, StopStage("i", 3))
     assert node.running() == [(5, 1, "cpu")]
+
+
+async def test_a_loss_is_reported_until_somebody_acts_on_it_whoever_owns_the_instance_then(node: OneNode):
+    await node.both(epoch=3)
+    node.stages.running[0].end(1)
+    await turns()
+    assert node.losses() == [(OWNER, 3, 0)]
+    await node.orders.prune(claimed(RIVAL, 3), 0.0)
+    assert node.losses() == [(OWNER, 3, 0), (RIVAL, 3, 0)]
+    await node.orders.prune(claimed(RIVAL, 4), 0.0)
+    await node.orders.prune(claimed(RIVAL, 3), 0.0)
+    assert len(node.losses()) == 2
