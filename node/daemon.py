@@ -182,6 +182,7 @@ class Daemon:
     async def close(self) -> None:
         """Tell the members, end the stages, and close everything; also after a start that failed half-way."""
         self._leaving = self._closing = True
+        self.trust.tick()  # who was met just now is to be remembered
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -74,7 +74,7 @@ def _nodes(state: dict[str, Any]) -> Table:
             bandwidth, compute = device["memory_bandwidth"], device["compute"]
             table.add_row(
                 name,
-                node["state"] + (", new" if node["new"] else ""),
+                node["state"] + (", new" if node.get("new") else ""),
                 shown,
                 _layers(state, node["id"], device["id"]),
                 memory,
@@ -87,7 +87,7 @@ def _nodes(state: dict[str, Any]) -> Table:
 def _print_trust(console: Console, state: dict[str, Any]) -> None:
     """Who came lately, whose name is suspicious, and who was evicted."""
     for node in state["nodes"]:
-        if node["new"]:
+        if node.get("new"):
             console.print(
                 f"  new: {node['name']} ({node['id'][:12]}), first seen {_time(node['first_seen'])}",
                 highlight=False,

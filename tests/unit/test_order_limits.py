@@ -103,7 +103,7 @@ def test_what_other_stages_take_on_the_device_counts_until_they_are_gone():
     with pytest.raises(OrderRefusedError, match="other stages take"):
         checker.admit(third, COSTS, places, places[:2])
     checker.admit(replace(third, device="cuda:0"), COSTS, places, places[:2])
-    checker.admit(second, COSTS, places[:2], places[:2]), "the same order again"
+    checker.admit(second, COSTS, places[:2], places[:2])  # the same order again
     checker.admit(third, COSTS, [places[0], places[2]], places[:1])
 
 

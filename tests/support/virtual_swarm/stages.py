@@ -26,7 +26,8 @@ from swarmd.node.serving.messages import (
     Sampled,
     Token,
 )
-from swarmd.node.serving.stage_host import StageHost, _Child
+from swarmd.node.serving.stage_child import Child
+from swarmd.node.serving.stage_host import StageHost
 from swarmd.node.serving.steps import Limits, PlannedStep
 from swarmd.transport.link import LinkClosed, RemoteError
 
@@ -261,9 +262,9 @@ class VirtualHost(StageHost):
         """All that take memory here."""
         return [(child.job, cast(Any, child.process)) for child in self._children]
 
-    async def _spawn(self, job: LoadEngine) -> _Child:
+    async def _spawn(self, job: LoadEngine) -> Child:
         process = Process(self, job)
-        child = _Child(job, cast(Any, process), asyncio.get_running_loop().create_future())
+        child = Child(job, cast(Any, process), asyncio.get_running_loop().create_future())
         self._children.append(child)
         self.world.check_memory(self)
         self._by_link[cast(Any, process)] = child
