@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,12 +95,20 @@ def test_who_was_away_hears_of_it_from_any_member_also_after_restarts(swarm: Swa
             until_gone(back, gamer)
 
 
+def until_pinned(founder: Node, *others: Node) -> None:
+    """Wait until the founder has noted on disk whom it has met."""
+    path, deadline = founder.data_dir / "nodes.json", time.monotonic() + 20
+    while not path.exists() or not all(other.id in path.read_text() for other in others):
+        assert time.monotonic() < deadline, "it remembers nobody"
+
+
 def test_a_decision_made_while_the_founder_is_down_is_told_when_it_starts(swarm: Swarm) -> None:
     founder = swarm.founder
     with swarm.join("gamer") as gamer, swarm.join("attic", "--port", "0") as attic:
         for node in (founder, gamer, attic):
             node.until_members(3)
         ports = [f"127.0.0.1:{node.link_port}" for node in (gamer, attic)]
+        until_pinned(founder, gamer, attic)
         founder.stop()
         assert "when this node starts" in founder.command("evict", "gamer")
         with Node(swarm.root / "founder", *QUIET, "--peer", ports[0], "--peer", ports[1]) as again:
