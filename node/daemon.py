@@ -182,14 +182,13 @@ class Daemon:
     async def close(self) -> None:
         """Tell the members, end the stages, and close everything; also after a start that failed half-way."""
         self._leaving = self._closing = True
-        self.trust.tick()  # who was met just now is to be remembered
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._own.refresh()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(1):
-                await self.mesh.publish()
+            await asyncio.wait_for(self.mesh.publish(), 1)
+        self.trust.tick()  # who was met just now is to be remembered
         await self.instances.close()
         if self._mdns is not None:
             await self._mdns.close()
@@ -253,8 +252,7 @@ class Daemon:
             if change.heard_again:
                 self.instances.on_heard_again(change.node_id)
             if change.state is MemberState.GONE:
-                member = self.mesh.membership.get(change.node_id)
-                if member is not None and not member.record.leaving:
+                if change.node_id in self.mesh.membership.cut_off():
                     self.instances.on_gone(change.node_id)
                 self._run(self._driver_links.hang_up(change.node_id))
         self.instances.reconsider()

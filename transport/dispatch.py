@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from swarmd.transport.exchanges import Answering, Asked
 from swarmd.transport.frames import Flow, Frame, FrameError
 from swarmd.transport.handler import LinkHandler
-from swarmd.transport.messages import ErrorBody, LinkClosed, RemoteError, Vocabulary, decode_body
+from swarmd.transport.messages import ErrorBody, LinkClosed, RemoteError, Vocabulary, decode_body, one_line
 from swarmd.transport.receiver import Unfinished
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ log = logging.getLogger("swarmd.transport")
 
 
 class Dispatch:
-    """Acts on the frames of one link; `on_goodbye` hears the other side's reason."""
+    """Acts on the frames of one link; `on_goodbye` hears that the other side closed it, and why."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class Dispatch:
             Flow.STREAM_END: self._on_end,
             Flow.CANCEL: lambda frame: answering.cancel(frame.envelope.id),
             Flow.CREDIT: self._on_credit,
-            Flow.GOODBYE: lambda frame: on_goodbye(decode_body(frame.envelope.body, str)),
+            Flow.GOODBYE: lambda frame: on_goodbye(_explain_goodbye(decode_body(frame.envelope.body, str))),
         }
 
     def take(self, frame: Frame) -> Unfinished | None:
@@ -101,3 +101,7 @@ class Dispatch:
 
     def _on_credit(self, frame: Frame) -> None:
         self._answering.grant(frame.envelope.id, decode_body(frame.envelope.body, int))
+
+
+def _explain_goodbye(reason: str) -> str:
+    return f"the other side closed the link: {one_line(reason)}"

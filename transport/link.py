@@ -34,7 +34,6 @@ from swarmd.transport.streams import RemoteStream
 from swarmd.transport.tls import explain_tampering
 from swarmd.transport.tls_socket import TlsSocket
 
-# What a user of links needs, from one place.
 __all__ = ["PROTOCOL_VERSION", "Hello", "Link", "LinkClosed", "LinkHandler", "RemoteError", "RemoteStream", "Role"]
 __all__ += ["Vocabulary"]
 
@@ -68,7 +67,6 @@ class Link:
         self.remote_address = sock.remote_address
         self.local_address = sock.local_address
         self.close_reason = ""
-        self._decoder = introduction.decoder
         self._sock = sock
         self._vocabulary = vocabulary
         self._handler = handler
@@ -79,8 +77,8 @@ class Link:
         self._telling = False  # `on_closed` is due or running
         self._finished = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        dispatch = Dispatch(self, vocabulary, handler, self._asked, self._answering, self._on_goodbye)
-        self._receiver = Receiver(sock, self._decoder, dispatch.take)
+        dispatch = Dispatch(self, vocabulary, handler, self._asked, self._answering, self._break)
+        self._receiver = Receiver(sock, introduction.decoder, dispatch.take)
 
     def __repr__(self) -> str:
         return f"Link({self.peer.role} {self.peer.name!r} {self.peer_id[:12]} at {self.remote_address})"
@@ -290,8 +288,8 @@ class Link:
         """Read and dispatch until the link is down; leaves it broken with a reason."""
         try:
             await self._receiver.run()
-            middle = "in the middle of a frame" if self._decoder.in_frame else "without a goodbye"
-            self._lose(f"the other side closed the connection {middle}", suspicious=self._decoder.in_frame)
+            middle = "in the middle of a frame" if self._receiver.in_frame else "without a goodbye"
+            self._lose(f"the other side closed the connection {middle}", suspicious=self._receiver.in_frame)
         except ssl.SSLError as error:
             self._lose(explain_tampering(error), suspicious=True)
         except FrameError as error:
@@ -300,6 +298,3 @@ class Link:
             self._break(f"protocol error: {error}")
         except OSError as error:
             self._break(f"the connection failed: {error.strerror or error}")
-
-    def _on_goodbye(self, reason: str) -> None:
-        self._break(f"the other side closed the link: {one_line(reason)}")

@@ -33,6 +33,11 @@ class Receiver:
         self._unfinished: Unfinished | None = None
         self._ended = False
 
+    @property
+    def in_frame(self) -> bool:
+        """Whether a frame has begun and is not complete."""
+        return self._decoder.in_frame
+
     async def run(self) -> None:
         """Receive until the other side ends the stream. Raises `OSError`, and what `dispatch` raises."""
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from msgspec.structs import replace
 
@@ -72,3 +73,12 @@ class BringUp:
         self._unstarted = set(range(len(self.stages)))
         self.stages = tuple(replace(stage, addresses=()) for stage in self.stages)
         self._progress = {}
+
+
+@dataclass(frozen=True)
+class Move:
+    """Stages that are to take over from those that serve, `beside` them or in their place, and why."""
+
+    build: BringUp
+    beside: bool
+    reason: str

@@ -27,6 +27,7 @@ from swarmd.node.cluster.messages import (
     TakeStage,
     WireStage,
 )
+from swarmd.node.cluster.orders import carries, start_order
 from swarmd.node.cluster.ownership import OwnedInstance
 from swarmd.node.cluster.wire_choice import LinkEnd, WireWish, link_dtype
 from swarmd.node.models.manifest import ModelManifest
@@ -139,7 +140,7 @@ class Instances:
     def on_report(self, sender: str, report: StageProgress | StageLost) -> None:
         """A member reports on a stage that this node ordered of it; reports on others' stages are refused."""
         owned = self._ledger.owned.get(report.instance)
-        if owned is None or not _carries(owned, report, sender):
+        if owned is None or not carries(owned, report, sender):
             # What is about an earlier epoch, or instances given up, is late and not wrong.
             if owned is not None and report.epoch >= owned.record.epoch:
                 self._log_liar(sender)
@@ -215,19 +216,9 @@ class Instances:
         if build is None:
             return
         for index, stage in enumerate(build.stages):
-            order = StartStage(
-                instance=instance_id,
-                epoch=epoch,
-                index=index,
-                model=self._manifests[instance_id],
-                device=stage.device,
-                start=stage.start,
-                end=stage.end,
-                kv_tokens=promise.kv_tokens,
-                context=promise.context,
-                beside=beside,
-                fetch_only=fetch_only,
-            )
+            key = (instance_id, epoch, index)
+            manifest = self._manifests[instance_id]
+            order = start_order(key, stage, manifest, promise, fetch_only=fetch_only, beside=beside)
             self._spawn(self._start_stage(stage.node, order))
 
     def _build(self, instance_id: str, epoch: int) -> BringUp | None:
@@ -301,10 +292,3 @@ class Instances:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _carries(owned: OwnedInstance, report: StageProgress | StageLost, sender: str) -> bool:
-    """Whether `sender` was ordered to hold the stage that a report is about."""
-    move = owned.move
-    stages = move.stages if move is not None and move.epoch == report.epoch else owned.record.stages
-    return report.index < len(stages) and stages[report.index].node == sender

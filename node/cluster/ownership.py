@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from msgspec.structs import replace
 
 from swarmd.discovery.records import Address, InstanceRecord, InstanceState, ModelSummary
 from swarmd.node.cluster.actions import Action, FetchStages, StartStages, StopStages, TakeStages, WireStages
-from swarmd.node.cluster.bring_up import BringUp
+from swarmd.node.cluster.bring_up import BringUp, Move
 from swarmd.node.cluster.planning import Surroundings, Undecided, improvement, plan_anew, plan_move
 from swarmd.partition.costs import ModelCosts
 from swarmd.partition.plan import DoesNotFit, Plan, Promise
@@ -34,15 +33,6 @@ IDLE_SECONDS = 4.0
 BUSY_GAIN_SECONDS = 30.0
 FIRST_MOVE_RETRY_SECONDS = 5.0
 LAST_MOVE_RETRY_SECONDS = 300.0
-
-
-@dataclass
-class _Move:
-    """A plan that is to take over from the one that serves."""
-
-    build: BringUp
-    beside: bool
-    reason: str
 
 
 class OwnedInstance:
@@ -63,7 +53,7 @@ class OwnedInstance:
         self._costs = costs
         self._promises = tuple(promises)
         self._build: BringUp | None = None
-        self._move: _Move | None = None
+        self._move: Move | None = None
         self._remains: tuple[str, ...] = ()
         self._last_epoch = epoch
         self._retry_seconds = FIRST_RETRY_SECONDS
@@ -283,7 +273,7 @@ class OwnedInstance:
         if not beside and not disturb:
             return []
         build = self._next_build(made)
-        self._move = _Move(build, beside, reason)
+        self._move = Move(build, beside, reason)
         return [StartStages(build.epoch, made, beside=True) if beside else FetchStages(build.epoch, made)]
 
     def _go_over(self, now: float) -> list[Action]:

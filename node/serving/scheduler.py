@@ -14,7 +14,7 @@ from swarmd.node.serving.drafting import Ask, Drafter
 from swarmd.node.serving.in_flight import StepsInFlight
 from swarmd.node.serving.kv_room import KvRoom
 from swarmd.node.serving.messages import Chunk, Opening, StepTimes
-from swarmd.node.serving.sequences import Phase, Sequence
+from swarmd.node.serving.sequences import Phase, Sequence, accept
 from swarmd.node.serving.steps import Choices, Limits, PlannedStep, Progress, QueueFull, answered
 from swarmd.node.serving.suspects import Failure, Suspects, Verdict
 
@@ -290,17 +290,9 @@ class Scheduler:
         if chunk.sample > 1 and self._drafter is not None:
             self._drafter.observe(sequence.seq, chunk.sample - 1, len(got) - 1)
         right = chunk.start + len(chunk.tokens) - chunk.sample + len(got)
-        for choice in got:
-            if choice.token in sequence.stop_tokens:
-                progress.append(Progress(sequence.seq, None, "stop"))
-                break
-            sequence.tokens.append(choice.token)
-            sequence.generated += 1
-            if sequence.generated >= sequence.max_tokens or len(sequence.tokens) >= self._limits.room:
-                progress.append(Progress(sequence.seq, choice, "length"))
-                break
-            progress.append(Progress(sequence.seq, choice))
-        else:
+        came, ended = accept(sequence, got, self._limits.room)
+        progress += came
+        if not ended:
             sequence.sent = right
             self._ready.append(sequence)
             return

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from swarmd.node.engine.sampling_params import SamplingParams
+from swarmd.node.serving.steps import Choices, Progress
 
 
 class Phase(Enum):
@@ -38,3 +39,20 @@ class Sequence:
     kv_reserved: int = 0
     # A sequence that was put back runs again under a new id, so that late samples of the old one are told apart.
     pipeline_id: int = -1
+
+
+def accept(sequence: Sequence, choices: Choices, room: int) -> tuple[list[Progress], bool]:
+    """Append what was drawn for a sequence until it ends by it: what to tell, and whether it ended.
+
+    A stop token is not shown. `room` is the most tokens that a sequence can have.
+    """
+    progress: list[Progress] = []
+    for choice in choices:
+        if choice.token in sequence.stop_tokens:
+            return [*progress, Progress(sequence.seq, None, "stop")], True
+        sequence.tokens.append(choice.token)
+        sequence.generated += 1
+        if sequence.generated >= sequence.max_tokens or len(sequence.tokens) >= room:
+            return [*progress, Progress(sequence.seq, choice, "length")], True
+        progress.append(Progress(sequence.seq, choice))
+    return progress, False

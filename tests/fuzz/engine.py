@@ -11,6 +11,7 @@ import resource
 import signal
 import time
 import tracemalloc
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +33,7 @@ _POOL = 400
 _VARIABLE = re.compile(r"'[^']*'|\"[^\"]*\"|`[^`]*`|[0-9]+|\(.*\)|0x[0-9a-f]+")
 
 
-class Target:
+class Target(ABC):
     """One parser under test.
 
     `errors` are all that it may raise. Taken together, Python's and numpy's allocations of one input may have
@@ -47,19 +48,20 @@ class Target:
     """How many inputs it gets in a run, relative to the others."""
 
     def seeds(self) -> list[bytes]:
-        """Inputs as they ought to be."""
-        raise NotImplementedError
+        """Inputs as they ought to be; none unless a target has some."""
+        return []
 
     def make(self, random: Random, pool: list[bytes]) -> bytes:
         """The next input."""
         return mutate(random, random.choice(pool), random.choice(pool))
 
+    @abstractmethod
     def run(self, data: bytes) -> str:
         """Parse `data`; a word for what came of it. Raises one of `errors`, and AssertionError for a broken promise."""
-        raise NotImplementedError
 
     def close(self) -> None:
-        """Give back what `seeds` or `run` took."""
+        """Give back what `seeds` or `run` took; nothing unless a target says so."""
+        return
 
 
 class Violation(Exception):

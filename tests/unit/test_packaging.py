@@ -19,7 +19,7 @@ PRODUCT = sorted(
     path for part in PARTS for path in (ROOT / part).rglob("*.py") if "node_modules" not in path.relative_to(ROOT).parts
 )
 
-MOST_LINES = 310
+MOST_LINES = 300
 MOST_FUNCTION_LINES = 50
 
 
