@@ -27,13 +27,17 @@ HERE = "127.0.0.1"
 
 
 class StageDaemon:
-    """A node: links from its own stages, and to drivers. `lost` gets (epoch, index, reason) of each loss."""
+    """A node: links from its own stages, and to drivers. `lost` gets (epoch, index, reason) of each loss; `heard` fires
+    at each report of a stage.
+    """
 
-    def __init__(self, data_dir: Path, token: JoinToken, lost: asyncio.Queue[tuple[int, int, str]]) -> None:
+    def __init__(
+        self, data_dir: Path, token: JoinToken, lost: asyncio.Queue[tuple[int, int, str]], heard: Signal
+    ) -> None:
         DataDir(data_dir).create()
         self.credentials = issue_credentials(Ed25519PrivateKey.generate(), token)
         save_credentials(data_dir, self.credentials)
-        self.heard = Signal()
+        self._heard = heard
         self.port = 0
         self.host = StageHost(
             data_dir,
@@ -51,7 +55,7 @@ class StageDaemon:
 
     async def on_message(self, link: Link, message: Struct, payload: bytearray) -> None:
         await self.host.on_message(link, message)
-        self.heard.notify()
+        self._heard.notify()
 
     async def on_request(self, link: Link, message: Struct, payload: bytearray) -> Struct:
         raise AssertionError(message)
@@ -70,7 +74,8 @@ class StageSwarm:
         self.token = JoinToken.generate()
         self.ports: list[int] = []  # of the stages that were brought up last
         self.lost: asyncio.Queue[tuple[int, int, str]] = asyncio.Queue()
-        self.nodes = [StageDaemon(root / f"node{index}", self.token, self.lost) for index in range(nodes)]
+        self.heard = Signal()
+        self.nodes = [StageDaemon(root / f"node{index}", self.token, self.lost, self.heard) for index in range(nodes)]
 
     @property
     def stages(self) -> list[StageStatus]:
@@ -115,10 +120,8 @@ class StageSwarm:
     async def until(self, condition: Callable[[], object], seconds: float = 10) -> None:
         """Wait until reports of stage processes make the condition true."""
         async with asyncio.timeout(seconds):
-            for node in itertools.cycle(self.nodes):
-                if condition():
-                    return
-                await node.heard.wait()
+            while not condition():
+                await self.heard.wait()
 
     async def losses(self, count: int, seconds: float = 20) -> dict[int, str]:
         """Wait for so many losses: stage -> reason."""
