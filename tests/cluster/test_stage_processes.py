@@ -42,6 +42,9 @@ async def test_a_stage_process_that_stands_still_is_found_by_its_neighbours_and_
     port = await swarm.serve(model, "i", *CUTS)
     await swarm.generate("i", port)  # then the first steps are done, whatever computes
     await swarm.until(lambda: all(stage.beat and stage.beat.settled for stage in swarm.stages))
+    # With the next beat of each its neighbours know that too, and no longer allow for compilers.
+    beats = [stage.beat for stage in swarm.stages]
+    await swarm.until(lambda: all(s.beat is not beat for s, beat in zip(swarm.stages, beats, strict=True)))
     victim = swarm.process_of(struck)
     began = time.monotonic()
     victim.suspend()
