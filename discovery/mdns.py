@@ -82,6 +82,12 @@ class MdnsDiscovery:
         await self._refresh()
         self._refresher = asyncio.create_task(self._keep_fresh(), name="mdns refresh")
 
+    def rename(self, swarm_tag: str) -> None:
+        """Announce another swarm tag from the next look at the interfaces on."""
+        if swarm_tag != self._swarm_tag:
+            self._swarm_tag = swarm_tag
+            self._announced = []
+
     async def close(self) -> None:
         """Say goodbye on the network and stop. Idempotent."""
         tasks = [*self._resolving.values(), *([self._refresher] if self._refresher else [])]

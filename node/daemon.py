@@ -26,7 +26,7 @@ from swarmd.node.cluster.model_fronts import ModelFronts
 from swarmd.node.cluster.order_limits import OrderLimits
 from swarmd.node.cluster.own_record import OwnRecord
 from swarmd.node.cluster.signal import Signal
-from swarmd.node.cluster.stage_orders import StageOrders, deliver_over_link, reachable_first
+from swarmd.node.cluster.stage_orders import StageOrders, deliver_over_link, order_over_link, reachable_first
 from swarmd.node.cluster.trust import Trust
 from swarmd.node.config import ConfigError, Settings
 from swarmd.node.data_dir import DataDir
@@ -47,7 +47,7 @@ from swarmd.node.serving.stage_host import StageHost
 from swarmd.node.version import VERSION
 from swarmd.transport.endpoint import Endpoint
 from swarmd.transport.identity import Credentials
-from swarmd.transport.link import PROTOCOL_VERSION, Hello, LinkClosed, Vocabulary
+from swarmd.transport.link import PROTOCOL_VERSION, Hello, Vocabulary
 
 log = logging.getLogger("swarmd")
 
@@ -60,7 +60,6 @@ class Daemon:
     def __init__(self, settings: Settings, data_dir: DataDir, credentials: Credentials) -> None:
         self.settings = settings
         self.node_id = credentials.node_id
-        self.swarm_tag = credentials.swarm_tag
         self.changed = Signal()
         self.progress = ProgressBoard(self.changed)
         self.hardware = Hardware(memory=settings.memory, threads=settings.threads, kernels=settings.kernels)
@@ -125,15 +124,11 @@ class Daemon:
     def _build_links(self) -> None:
         router = LinkRouter(self.node_id, self.host, self.orders, self.exchange, self.instances)
         self.endpoint = Endpoint(self._credentials, Vocabulary(DAEMON_MESSAGES), router, hello=self._hello)
-        self.mesh = Mesh(self.endpoint, self.swarm_tag, lambda: self._own.current, self._on_members)
+        self.mesh = Mesh(self.endpoint, self._credentials.swarm_tag, lambda: self._own.current, self._on_members)
         router.mesh = self.mesh
+        path, name = self._data_dir.path, self.settings.name
         self.trust = router.trust = Trust(
-            self._data_dir.path,
-            self._credentials,
-            self.endpoint,
-            self.mesh,
-            name=self.settings.name,
-            on_changed=lambda: self.host.tell(TrustChanged()),
+            path, self._credentials, self.endpoint, self.mesh, name=name, on_changed=self._on_trust
         )
         self._own = OwnRecord(self._gather)
         self._driver_links = DriverLinks(
@@ -158,7 +153,7 @@ class Daemon:
         self.mesh.add_static(self.settings.peers)
         if self.settings.mdns:
             self._mdns = MdnsDiscovery(
-                self.node_id, self.swarm_tag, PROTOCOL_VERSION, self.link_port, self.mesh.on_sighting
+                self.node_id, self.trust.swarm_tag, PROTOCOL_VERSION, self.link_port, self.mesh.on_sighting
             )
             await self._mdns.start()
         self._refresh()
@@ -192,6 +187,7 @@ class Daemon:
         await self.instances.close()
         if self._mdns is not None:
             await self._mdns.close()
+        await self.trust.close()
         await self.host.close()
         await self._fronts.close()
         await self.mesh.close()
@@ -259,6 +255,13 @@ class Daemon:
         self._run(self.launcher.take_over())
         self._refresh()
 
+    def _on_trust(self, members: tuple[str, ...] | None) -> None:
+        """Whom this node trusts has changed: its stage processes follow, and so does what it announces."""
+        self.host.tell(TrustChanged(members))
+        if self._mdns is not None:
+            self._mdns.rename(self.trust.swarm_tag)
+        self.changed.notify()
+
     async def _tick(self) -> None:
         while True:
             self._stored = tuple(ModelSummary(m.name, m.sha256, m.size, 0, "") for m in self.store.entries()[:256])
@@ -277,11 +280,7 @@ class Daemon:
         if node == self.node_id:
             async with asyncio.timeout(seconds):
                 return await self.orders.carry_out(self.node_id, order)
-        link = self.mesh.link_to(node)
-        if link is None:
-            raise LinkClosed("no link with that node at present")
-        reply, _ = await link.request(order, timeout=seconds)
-        return reply
+        return await order_over_link(self.mesh, node, order, seconds)
 
     def _deliver(self, owner: str, report: Struct) -> None:
         if owner != self.node_id:

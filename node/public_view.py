@@ -99,9 +99,10 @@ class PublicView:
         loads = {load.instance: load for record in daemon.nodes() for load in record.loads}
         return {
             "self": daemon.node_id,
-            "swarm": daemon.swarm_tag,
+            "swarm": daemon.trust.swarm_tag,
             "version": VERSION,
             "nodes": nodes,
+            "rotation": daemon.trust.rotations.phase,
             "evicted": [
                 {"id": denial.node, "name": denial.name, "at": denial.at}
                 for denial in sorted(daemon.trust.denials.all, key=lambda denial: denial.at)

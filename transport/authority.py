@@ -86,7 +86,12 @@ def swarm_tag_of(authority: x509.Certificate) -> str:
 
     `ValueError` if it has none.
     """
-    names = authority.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return swarm_tag_in(authority.subject)
+
+
+def swarm_tag_in(name: x509.Name) -> str:
+    """The swarm tag in an authority's name; `ValueError` if it is no authority's."""
+    names = name.get_attributes_for_oid(NameOID.COMMON_NAME)
     text = str(names[0].value) if names else ""
     tag = text.removeprefix(_NAME_PREFIX)
     if not text.startswith(_NAME_PREFIX) or len(tag) != 16 or not set(tag) <= set("0123456789abcdef"):

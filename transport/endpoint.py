@@ -6,21 +6,22 @@ import asyncio
 import logging
 import secrets
 import socket
+import ssl
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
 
 import msgspec
 
 from swarmd.transport.frames import FrameError
 from swarmd.transport.handler import LinkHandler
 from swarmd.transport.handshake import LinkRefused, hang_up, introduce
-from swarmd.transport.identity import Credentials
+from swarmd.transport.identity import Credentials, swarm_of_certificate
 from swarmd.transport.link import Hello, Link, LinkClosed, Vocabulary
 from swarmd.transport.listener import Listener
 from swarmd.transport.log_limit import LogLimit
-from swarmd.transport.messages import one_line
+from swarmd.transport.sockets import connect, resolve
 from swarmd.transport.statements import EVICTED
-from swarmd.transport.tls import client_context, explain_tls_error, server_context
+from swarmd.transport.tls import client_context, explain_tls_error, says_other_swarm, server_context, server_name
 from swarmd.transport.tls_socket import TlsSocket
 
 __all__ = ["Endpoint", "LinkRefused"]
@@ -31,7 +32,7 @@ HANDSHAKE_SECONDS = 5.0
 MAX_LINKS_OF_NODE = 8
 """Accepted from one other node. Two daemons need one, for a moment two; a stage's process one for each of its uses."""
 MAX_LINKS = 1024
-_MAX_RESOLVED = 8
+NEW_TOKEN = "this swarm has a new join token; join again with that"
 
 
 class Endpoint:
@@ -56,14 +57,28 @@ class Endpoint:
         self._hello = hello
         self._seconds = handshake_seconds
         self._name = secrets.token_hex(8)
-        self._server_context = server_context(credentials)
-        self._client_context = client_context(credentials)
+        self._take(credentials)
         self._listener = Listener(self._greet)
         self._links: set[Link] = set()
         self._refused: dict[str, str] = {}
         self._watchers: set[asyncio.Task[None]] = set()
         self._limit = LogLimit()
         self._closed = False
+
+    def adopt(self, credentials: Credentials) -> None:
+        """Show these credentials from now on, which must be of the same node; links that are up stay."""
+        assert credentials.node_id == self.node_id, "a process is one node for as long as it lives"
+        self._take(credentials)
+
+    def keep_only(self, members: Collection[str]) -> None:
+        """End the links of before, which came about under another authority than the present one.
+
+        Those with `members` stay, and those among this node's own processes.
+        """
+        for link in self._links:
+            of_before = swarm_of_certificate(link.peer_certificate) != self._swarm_tag
+            if of_before and link.peer_id not in (*members, self.node_id):
+                self._watch_over(link.close(NEW_TOKEN), "closing a link of before")
 
     @property
     def links(self) -> tuple[Link, ...]:
@@ -120,19 +135,34 @@ class Endpoint:
         await asyncio.gather(*self._watchers)
 
     async def _dial(self, host: str, port: int, expect: str | None) -> Link:
-        infos = await _resolve(host, port)
-        refusal = LinkRefused(f"the name {one_line(host, 100)} has no address")
-        for family, address in infos[:_MAX_RESOLVED]:
-            try:
-                sock = await _connect(family, address)
-            except TimeoutError:  # the kernel's own
-                refusal = LinkRefused("it did not answer (switched off, or a firewall?)")
-            except OSError as error:
-                refused = isinstance(error, ConnectionRefusedError)
-                refusal = LinkRefused(explain_tls_error(error, server_side=False), nobody_listens=refused)
-            else:
-                return await self._establish(sock, server_side=False, expect=expect)
+        shown = self._client_contexts
+        refusal = LinkRefused("nothing was tried")
+        for family, address in await resolve(host, port):
+            for context, name in shown:
+                try:
+                    sock = await connect(family, address)
+                except TimeoutError:  # the kernel's own
+                    refusal = LinkRefused("it did not answer (switched off, or a firewall?)")
+                    break
+                except OSError as error:
+                    refused = isinstance(error, ConnectionRefusedError)
+                    refusal = LinkRefused(explain_tls_error(error, server_side=False), nobody_listens=refused)
+                    break
+                try:
+                    return await self._establish(sock, context, expect=expect, server_name=name)
+                except LinkRefused as error:
+                    # While the swarm changes its token, the other side may accept the other certificate only.
+                    if context is shown[-1][0] or not says_other_swarm(error.reason):
+                        raise
         raise refusal
+
+    def _take(self, credentials: Credentials) -> None:
+        shown = [credentials, *([credentials.alternative] if credentials.alternative is not None else [])]
+        self._swarm_tag = credentials.swarm_tag
+        self._server_context = server_context(credentials)
+        self._client_contexts = [
+            (client_context(one, credentials.trusted_pem), server_name(one.swarm_tag)) for one in shown
+        ]
 
     async def _greet(self, sock: socket.socket) -> None:
         """One accepted connection, to the link or to the log line."""
@@ -140,7 +170,7 @@ class Endpoint:
         try:
             host, port = sock.getpeername()[:2]
             async with asyncio.timeout(self._seconds):
-                await self._establish(sock, server_side=True, expect=None)
+                await self._establish(sock, self._server_context, expect=None, server_name=None)
         except TimeoutError:
             reason = f"it did not finish the handshake within {self._seconds:g} s (silent, or not a swarmd node)"
         except LinkRefused as error:
@@ -156,11 +186,16 @@ class Endpoint:
         if reason:
             self._log_refusal("refused a connection from %s port %d: %s", host, port, reason)
 
-    async def _establish(self, sock: socket.socket, *, server_side: bool, expect: str | None) -> Link:
-        """Handshake, hello and `on_link`; on failure the connection is closed and `LinkRefused` raised."""
-        context = self._server_context if server_side else self._client_context
+    async def _establish(
+        self, sock: socket.socket, context: ssl.SSLContext, *, expect: str | None, server_name: str | None
+    ) -> Link:
+        """Handshake, hello and `on_link`; on failure the connection is closed and `LinkRefused` raised.
+
+        `server_name` is whom a dial asks for; None for a connection that was accepted.
+        """
+        server_side = server_name is None
         try:
-            tls = TlsSocket(sock, context, server_side=server_side)
+            tls = TlsSocket(sock, context, server_side=server_side, server_name=server_name)
         except OSError as error:
             sock.close()
             raise LinkRefused(explain_tls_error(error, server_side=server_side)) from error
@@ -173,14 +208,8 @@ class Endpoint:
         except BaseException:
             tls.close()
             raise
-        link = Link(
-            tls,
-            introduction,
-            self._vocabulary,
-            self._handler,
-            initiator=not server_side,
-            on_breach=self._log_breach,
-        )
+        parts = self._vocabulary, self._handler
+        link = Link(tls, introduction, *parts, initiator=not server_side, on_breach=self._log_breach)
         late = "this node is shutting down" if self._closed else self._refused.get(introduction.peer_id)
         if late is None and server_side:
             late = self._crowded(introduction.peer_id)
@@ -241,30 +270,3 @@ class Endpoint:
         """What to add to a log line of this kind, or None if it is one of too many."""
         held = self._limit.admit(key, time.monotonic())
         return None if held is None else f" (and {held} more like it)" if held else ""
-
-
-async def _resolve(host: str, port: int) -> list[tuple[int, tuple[object, ...]]]:
-    """The socket addresses of a host, without a thread when it is a literal address."""
-    try:
-        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
-    except socket.gaierror:
-        try:
-            infos = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except (socket.gaierror, UnicodeError) as error:
-            raise LinkRefused(
-                f"the name {one_line(host, 100)} cannot be resolved; check its spelling, or use the address"
-            ) from error
-    except (UnicodeError, OverflowError) as error:
-        raise LinkRefused(f"{one_line(host, 100)} port {port} is not an address") from error
-    return [(info[0], info[4]) for info in infos]
-
-
-async def _connect(family: int, address: tuple[object, ...]) -> socket.socket:
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        sock.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(sock, address)
-    except BaseException:
-        sock.close()
-        raise
-    return sock

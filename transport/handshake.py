@@ -58,7 +58,7 @@ class LinkRefused(ConnectionError):
 
 
 class Introduction(NamedTuple):
-    """What both sides know once the hellos are accepted.
+    """What both sides know once the hellos are accepted. `certificate` is the other side's (DER).
 
     The decoder may already hold the bytes that follow.
     """
@@ -66,6 +66,7 @@ class Introduction(NamedTuple):
     peer_id: str
     peer: Hello
     decoder: FrameDecoder
+    certificate: bytes = b""
 
 
 async def introduce(
@@ -104,7 +105,7 @@ async def introduce(
     except OSError as error:
         raise LinkRefused(explain_tls_error(error, server_side=server_side)) from error
     decoder.limits = Limits()
-    return Introduction(peer_id, peer, decoder)
+    return Introduction(peer_id, peer, decoder, certificate)
 
 
 async def _first_frame(sock: TlsSocket, decoder: FrameDecoder) -> Frame:

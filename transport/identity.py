@@ -8,7 +8,7 @@ old file or the new one.
 from __future__ import annotations
 
 import datetime as dt
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cryptography import x509
@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from swarmd.transport import authority
 from swarmd.transport.private_files import IdentityError, read_file, write_file
+from swarmd.transport.rotation_file import load_rotation
 from swarmd.transport.token import JoinToken, TokenError
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "node_id_of_certificate",
     "save_credentials",
     "save_token",
+    "swarm_of_certificate",
 ]
 
 KEY_FILE = "node.key"
@@ -47,7 +49,8 @@ TOKEN_FILE = "token"
 class Credentials:
     """What a process needs to speak as a node of one swarm. Its `repr` never shows the key.
 
-    `node_id` is 64 hex digits, `swarm_tag` 16; the rest is PEM.
+    `node_id` is 64 hex digits, `swarm_tag` 16; the rest is PEM. `alternative`: while the swarm changes its token, what
+    this node holds of the other authority. Both are accepted; the alternative is shown to who accepts only that.
     """
 
     node_id: str
@@ -55,12 +58,24 @@ class Credentials:
     key_pem: bytes = field(repr=False)
     certificate_pem: bytes = field(repr=False)
     authority_pem: bytes = field(repr=False)
+    alternative: Credentials | None = field(default=None, repr=False)
+
+    @property
+    def trusted_pem(self) -> bytes:
+        """The certificates of all authorities that are accepted."""
+        return self.authority_pem + (b"" if self.alternative is None else self.alternative.authority_pem)
+
+    @property
+    def swarm_tags(self) -> frozenset[str]:
+        """The public names that the swarm has at present."""
+        return frozenset(self.authority_keys())
 
     def authority_keys(self) -> dict[str, Ed25519PublicKey]:
-        """The public key of the authority whose statements count, by swarm tag."""
+        """The public keys of the authorities whose statements count, by swarm tag."""
         key = x509.load_pem_x509_certificate(self.authority_pem).public_key()
         assert isinstance(key, Ed25519PublicKey)
-        return {self.swarm_tag: key}
+        others = {} if self.alternative is None else self.alternative.authority_keys()
+        return {self.swarm_tag: key} | others
 
 
 def load_or_create_node_key(directory: Path) -> Ed25519PrivateKey:
@@ -103,12 +118,28 @@ def load_credentials(directory: Path) -> Credentials | None:
     Raises `IdentityError` if a file is unreadable or damaged, if the key is open to other users, or if the
     three files do not belong together.
     """
-    key_path, leaf_path = directory / KEY_FILE, directory / CERTIFICATE_FILE
-    authority_path = directory / AUTHORITY_FILE
-    key_pem = read_file(key_path, private=True)
-    leaf_pem, authority_pem = read_file(leaf_path), read_file(authority_path)
+    key_pem = read_file(directory / KEY_FILE, private=True)
+    leaf_pem, authority_pem = read_file(directory / CERTIFICATE_FILE), read_file(directory / AUTHORITY_FILE)
     if key_pem is None or leaf_pem is None or authority_pem is None:
         return None
+    rotation = load_rotation(directory)
+    if rotation is None or rotation.phase == "asked":
+        return _credentials(directory, key_pem, leaf_pem, authority_pem)
+    fresh = _credentials(directory, key_pem, rotation.certificate.encode(), rotation.authority.encode())
+    try:
+        old = _credentials(directory, key_pem, leaf_pem, authority_pem)
+    except IdentityError:
+        # Killed while it put the new files in the place of the old ones: the rotation will be finished.
+        if rotation.phase == "switched":
+            return fresh
+        raise
+    return replace(old, alternative=fresh) if rotation.phase == "prepared" else replace(fresh, alternative=old)
+
+
+def _credentials(directory: Path, key_pem: bytes, leaf_pem: bytes, authority_pem: bytes) -> Credentials:
+    """Credentials of their parts, checked to belong together; `directory` is for the errors."""
+    key_path, leaf_path = directory / KEY_FILE, directory / CERTIFICATE_FILE
+    authority_path = directory / AUTHORITY_FILE
     key = _parse_key(key_path, key_pem)
     leaf = _parse_certificate(leaf_path, leaf_pem)
     root = _parse_certificate(authority_path, authority_pem)
@@ -167,6 +198,17 @@ def node_id_of_certificate(der: bytes) -> str:
     if not isinstance(key, Ed25519PublicKey):
         raise IdentityError("the certificate does not hold an Ed25519 key")
     return authority.node_id_of_key(key)
+
+
+def swarm_of_certificate(der: bytes) -> str:
+    """The tag of the swarm whose authority has issued a node's certificate (DER), as that says.
+
+    `IdentityError` if it says none.
+    """
+    try:
+        return authority.swarm_tag_in(x509.load_der_x509_certificate(der).issuer)
+    except ValueError as error:
+        raise IdentityError("the certificate names no swarm") from error
 
 
 def _key_pem(key: Ed25519PrivateKey) -> bytes:

@@ -45,9 +45,8 @@ _CLOSE_SECONDS = 1.0
 class Link:
     """One end of a link. Made by an `Endpoint`.
 
-    Messages and requests of one link arrive in the order in which they were sent. Payloads are at most 64 MiB
-    and are not copied on the way out: they must stay unchanged until the call returns. A large payload holds
-    up what is sent after it, so bulk belongs on a second link.
+    Messages and requests of one link arrive in the order in which they were sent. Payloads are at most 64 MiB and are
+    not copied on the way out: they must stay unchanged until the call returns. A large one holds up what follows it.
     """
 
     def __init__(
@@ -63,6 +62,7 @@ class Link:
         """`on_breach` hears of a breach of the protocol, which ends the link, and of an end without a goodbye."""
         self.peer_id = introduction.peer_id
         self.peer = introduction.peer
+        self.peer_certificate = introduction.certificate
         self.initiator = initiator
         self.remote_address = sock.remote_address
         self.local_address = sock.local_address

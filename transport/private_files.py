@@ -14,15 +14,15 @@ class IdentityError(Exception):
     """A key, certificate or token file cannot be used; the message names the path and the remedy."""
 
 
-def read_file(path: Path, *, private: bool = False) -> bytes | None:
-    """The first 64 KiB of a file, or None if there is none.
+def read_file(path: Path, *, private: bool = False, limit: int = _MAX_FILE) -> bytes | None:
+    """The first `limit` bytes of a file, or None if there is none.
 
     Raises `IdentityError` if it cannot be read, or if it is `private` and open to other users.
     """
     try:
         with path.open("rb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-            text = file.read(_MAX_FILE)
+            text = file.read(limit)
     except FileNotFoundError:
         return None
     except OSError as error:

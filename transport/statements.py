@@ -26,6 +26,8 @@ EVICTED = "evicted from this swarm"
 SwarmTag = Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]
 NodeId = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 Count = Annotated[int, Meta(ge=0, le=2**62)]
+Certificate = Annotated[bytes, Meta(max_length=4096)]
+Members = Annotated[tuple[NodeId, ...], Meta(max_length=1024)]
 Signature = Annotated[bytes, Meta(min_length=64, max_length=64)]
 
 
@@ -53,9 +55,33 @@ class Denial(Struct, frozen=True, array_like=True):
         return f"{EVICTED} on {_date(self.at)}"
 
 
-Statement = Denial
-_S = TypeVar("_S", bound=Statement)
-_DOMAINS: dict[type[Struct], bytes] = {Denial: b"swarmd/1 denial"}
+class Succession(Struct, frozen=True, array_like=True):
+    """The authority of `swarm` names the one that is to follow it, by its certificate (DER); the highest `serial`
+    counts.
+    """
+
+    swarm: SwarmTag
+    authority: Certificate
+    serial: Count
+    signature: Signature
+
+
+class Handover(Struct, frozen=True, array_like=True):
+    """The authority of `swarm` says that `successor` counts from now on, and who holds certificates of it."""
+
+    swarm: SwarmTag
+    successor: SwarmTag
+    members: Members
+    signature: Signature
+
+
+Statement = Denial | Succession | Handover
+_S = TypeVar("_S", Denial, Succession, Handover)
+_DOMAINS: dict[type[Struct], bytes] = {
+    Denial: b"swarmd/1 denial",
+    Succession: b"swarmd/1 succession",
+    Handover: b"swarmd/1 handover",
+}
 
 
 def deny(token: JoinToken, node: str, name: str, at: int, serial: int, *, evicted: bool = True) -> Denial:

@@ -18,10 +18,12 @@ ALPN = "swarmd/1"
 OTHER_SWARM = "it belongs to another swarm (its join token differs)"
 NOT_TLS = "it does not speak TLS (not a swarmd node?)"
 _OUR_CLOCK = "it finds this node's certificate not valid at this time; set the clocks of both machines"
-CLOCK = "its certificate is not valid at this time; set the clocks of both machines"
+_NOT_YET = "its certificate is not valid yet; set the clocks of both machines"
+_EXPIRED = "its certificate has expired; set the clocks of both machines"
 
 # X509_V_ERR_* of OpenSSL's x509_vfy.h.
-_CLOCK_CODES = {9, 10, 11, 12}
+_NOT_YET_CODES = {9, 13}
+_EXPIRED_CODES = {10, 14}
 _OTHER_SWARM_CODES = {2, 7, 18, 19, 20, 21, 24}
 
 _REASONS = {
@@ -50,15 +52,33 @@ _REASONS = {
 
 
 def server_context(credentials: Credentials) -> ssl.SSLContext:
-    """A context for accepting links: demands a certificate, issues no session tickets."""
-    context = _context(ssl.PROTOCOL_TLS_SERVER, credentials)
-    context.num_tickets = 0
+    """A context for accepting links: demands a certificate, issues no session tickets.
+
+    While the swarm changes its token, it shows the certificate of the authority that the other side names.
+    """
+    context = _accepting(credentials, credentials.trusted_pem)
+    if credentials.alternative is not None:
+        asked_for = server_name(credentials.alternative.swarm_tag)
+        other = _accepting(credentials.alternative, credentials.trusted_pem)
+
+        def choose(sock: ssl.SSLObject, name: str | None, _: ssl.SSLContext) -> None:
+            if name == asked_for:
+                sock.context = other
+
+        context.sni_callback = choose
     return context
 
 
-def client_context(credentials: Credentials) -> ssl.SSLContext:
-    """A context for dialling links: shows the node's certificate and checks the other side's."""
-    context = _context(ssl.PROTOCOL_TLS_CLIENT, credentials)
+def server_name(swarm_tag: str) -> str:
+    """What a client says in its first message (SNI): the public name of the swarm whose certificate it shows."""
+    return f"{swarm_tag}.swarmd"
+
+
+def client_context(credentials: Credentials, trusted_pem: bytes = b"") -> ssl.SSLContext:
+    """A context for dialling links: shows the node's certificate and checks the other side's, against `trusted_pem` if
+    given.
+    """
+    context = _context(ssl.PROTOCOL_TLS_CLIENT, credentials, trusted_pem or credentials.trusted_pem)
     context.check_hostname = False
     return context
 
@@ -86,20 +106,33 @@ def explain_tls_error(error: BaseException, *, server_side: bool) -> str:
     return f"{type(error).__name__}: {error}"
 
 
+def says_other_swarm(reason: str) -> bool:
+    """Whether a reason of `explain_tls_error` is that the other side does not know this node's authority."""
+    return reason == _REASONS["TLSV1_ALERT_UNKNOWN_CA"]
+
+
 def _explain_certificate(error: ssl.SSLCertVerificationError) -> str:
-    if error.verify_code in _CLOCK_CODES:
-        return CLOCK
+    if error.verify_code in _NOT_YET_CODES:
+        return _NOT_YET
+    if error.verify_code in _EXPIRED_CODES:
+        return _EXPIRED
     if error.verify_code in _OTHER_SWARM_CODES:
         return OTHER_SWARM
     return f"its certificate is not acceptable ({error.verify_message})"
 
 
-def _context(protocol: int, credentials: Credentials) -> ssl.SSLContext:
+def _accepting(credentials: Credentials, trusted_pem: bytes) -> ssl.SSLContext:
+    context = _context(ssl.PROTOCOL_TLS_SERVER, credentials, trusted_pem)
+    context.num_tickets = 0
+    return context
+
+
+def _context(protocol: int, credentials: Credentials, trusted_pem: bytes) -> ssl.SSLContext:
     context = ssl.SSLContext(protocol)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname = False
     context.verify_mode = ssl.CERT_REQUIRED
-    context.load_verify_locations(cadata=credentials.authority_pem.decode("ascii"))
+    context.load_verify_locations(cadata=trusted_pem.decode("ascii"))
     context.set_alpn_protocols([ALPN])
     # OpenSSL reads a key only from a file: mkstemp makes it 0600, and it is gone before anything is sent.
     descriptor, name = tempfile.mkstemp(prefix="swarmd-")

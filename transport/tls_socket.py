@@ -102,14 +102,18 @@ class _Readiness:
 class TlsSocket:
     """One TLS connection. At most one task receives and one sends at a time; `close` may be called by any."""
 
-    def __init__(self, sock: socket.socket, context: ssl.SSLContext, *, server_side: bool):
-        """Take over a connected socket; nothing is sent until `handshake`."""
+    def __init__(
+        self, sock: socket.socket, context: ssl.SSLContext, *, server_side: bool, server_name: str | None = None
+    ):
+        """Take over a connected socket; nothing is sent until `handshake`. A client may send a `server_name` (SNI)."""
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self.remote_address = _address(sock.getpeername())
         self.local_address = _address(sock.getsockname())
-        self._tls = context.wrap_socket(sock, server_side=server_side, do_handshake_on_connect=False)
+        self._tls = context.wrap_socket(
+            sock, server_side=server_side, do_handshake_on_connect=False, server_hostname=server_name
+        )
         loop = asyncio.get_running_loop()
         descriptor = self._tls.fileno()
         self._readable = _Readiness(loop.add_reader, loop.remove_reader, descriptor)

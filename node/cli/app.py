@@ -90,6 +90,20 @@ def evict(
 
 
 @app.command()
+@with_options("data_dir")
+def rotate(call: typer.Context) -> None:
+    """Replace the join token. Run it on the machine that founded the swarm, while its node runs.
+
+    Every member that can be reached gets a new certificate over its link, and what they serve goes on. Then the old
+    token, and every certificate made with it, is worthless. Members that cannot be reached are listed: they have to
+    join again with the new token, which `swarmd token` prints. Evict whom you do not trust before.
+    """
+    from swarmd.node.cli.trust import rotate as run
+
+    raise typer.Exit(run(call.obj))
+
+
+@app.command()
 @with_options("data_dir", "api_key")
 def status(
     call: typer.Context, json: Annotated[bool, typer.Option("--json", help="Print the raw state.")] = False

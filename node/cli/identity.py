@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from swarmd.node.cli.console import USAGE_ERROR, CommandError, guarded, settings_of
+from swarmd.node.cluster.pin_file import NAME as PIN_FILE
 from swarmd.node.data_dir import DataDir
+from swarmd.transport.denial_files import forget_denials
 from swarmd.transport.identity import (
     Credentials,
     IdentityError,
@@ -18,6 +21,8 @@ from swarmd.transport.identity import (
     save_credentials,
     save_token,
 )
+from swarmd.transport.rotation_file import end_rotation, load_rotation
+from swarmd.transport.statements import Denials
 from swarmd.transport.token import JoinToken, TokenError
 
 log = logging.getLogger("swarmd")
@@ -51,6 +56,7 @@ def show_token(given: Mapping[str, Any]) -> int:
 
     def work() -> int:
         data_dir = settings_of(given).data_dir
+        refuse_during_rotation(data_dir)
         token = load_token(data_dir)
         if token is not None:
             print(f"swarmd join {token}")
@@ -85,8 +91,18 @@ def with_identity(work: Callable[[], int]) -> int:
         raise CommandError(str(error), USAGE_ERROR) from None
 
 
+def refuse_during_rotation(data_dir: Path) -> None:
+    """Raises CommandError while the token is being changed."""
+    if load_rotation(data_dir) is not None:
+        raise CommandError("the join token is being changed; try again in some seconds, while the node runs")
+
+
 def _change_swarm(data_dir: DataDir, token: JoinToken) -> None:
-    kept = load_token(data_dir.path)
+    before, kept = load_credentials(data_dir.path), load_token(data_dir.path)
+    if before is None or before.swarm_tag != token.swarm_tag:
+        end_rotation(data_dir.path)
+        forget_denials(data_dir.path, Denials({}))
+        (data_dir.path / PIN_FILE).unlink(missing_ok=True)
     if kept is not None and kept != token:
         (data_dir.path / "token").unlink()
     save_credentials(data_dir.path, issue_credentials(load_or_create_node_key(data_dir.path), token))

@@ -1,4 +1,5 @@
-"""`swarmd evict`: decided in the data dir of a node that keeps the token, carried out by the daemon that watches it."""
+"""`swarmd evict` and `swarmd rotate`: decided in the data dir of a node that keeps the token, and carried out by its
+daemon, which watches it."""
 
 from __future__ import annotations
 
@@ -8,16 +9,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from swarmd.node.cli.console import USAGE_ERROR, CommandError, guarded, settings_of
-from swarmd.node.cli.identity import with_identity
+from swarmd.node.cli.console import USAGE_ERROR, CommandError, guarded, running_daemon, settings_of
+from swarmd.node.cli.identity import refuse_during_rotation, with_identity
 from swarmd.node.cluster.pin_file import load_pins
 from swarmd.node.cluster.pins import LEAST_DIGITS, Pin, find
 from swarmd.node.data_dir import DataDir
 from swarmd.transport.denial_files import read_denials, save_denial
 from swarmd.transport.identity import Credentials, load_credentials, load_token
+from swarmd.transport.rotation_file import RotationFile, load_rotation, save_rotation
 from swarmd.transport.statements import Denials, StatementError, deny
 from swarmd.transport.token import JoinToken
 
+ROTATE_SECONDS = 60.0
 _MOST_SHOWN = 32
 
 
@@ -27,6 +30,7 @@ def evict(given: Mapping[str, Any], wanted: str, *, undo: bool) -> int:
     def work() -> int:
         data_dir = settings_of(given).data_dir
         credentials, token = _authority(data_dir, "evict a node")
+        refuse_during_rotation(data_dir)
         denials = Denials(credentials.authority_keys())
         read_denials(data_dir, denials)
         pin = _node_meant(data_dir, credentials.node_id, denials, wanted)
@@ -43,6 +47,48 @@ def evict(given: Mapping[str, Any], wanted: str, *, undo: bool) -> int:
         return 0
 
     return guarded(lambda: with_identity(work))
+
+
+def rotate(given: Mapping[str, Any]) -> int:
+    """Replace the join token of a swarm whose node here runs; the exit code."""
+
+    def work() -> int:
+        data_dir = settings_of(given).data_dir
+        _authority(data_dir, "change the join token")
+        refuse_during_rotation(data_dir)
+        running_daemon(settings_of(given))
+        token = JoinToken.generate()
+        save_rotation(data_dir, RotationFile("asked", int(time.time()), token=str(token)), replace=False)
+        done = _watch(data_dir, token)
+        names = {pin.id: pin.name for pin in load_pins(data_dir).nodes}
+        print(_rotated(done, names))
+        return 0
+
+    return guarded(lambda: with_identity(work))
+
+
+def _watch(data_dir: Path, token: JoinToken) -> RotationFile:
+    """Wait until the token has been changed; how it went. Raises CommandError."""
+    deadline = time.monotonic() + ROTATE_SECONDS
+    last: RotationFile | None = None
+    while (present := load_rotation(data_dir)) is not None and present.token == str(token):
+        if present.phase == "switched" and (last is None or last.phase != "switched"):
+            print(f"{len(present.members)} node(s) have new certificates; the old token counts for some seconds more")
+        last = present
+        if time.monotonic() > deadline:
+            raise CommandError("this takes long; it goes on while the node runs, whose log says more")
+        time.sleep(0.05)
+    if last is None or last.phase != "switched" or load_token(data_dir) != token:
+        raise CommandError("the join token was not changed; the node's log says why")
+    return last
+
+
+def _rotated(done: RotationFile, names: Mapping[str, str]) -> str:
+    lines = ["the join token is changed: the old one is worthless, `swarmd token` prints the new one"]
+    if done.missing:
+        lines.append("these could not be reached, and have to join again with the new token:")
+        lines += [f"  {names.get(node, '')} ({node[:12]})" for node in done.missing]
+    return "\n".join(lines)
 
 
 def _authority(data_dir: Path, what: str) -> tuple[Credentials, JoinToken]:

@@ -19,12 +19,12 @@ from swarmd.node.cluster.messages import (
     StartStage,
     StopStage,
     TakeStage,
-    TellDenials,
     WireStage,
 )
 from swarmd.node.cluster.model_exchange import ModelExchange
 from swarmd.node.cluster.stage_orders import StageOrders
 from swarmd.node.cluster.trust import Trust
+from swarmd.node.cluster.trust_messages import RenewCertificate, SwitchAuthority, TellDenials
 from swarmd.node.serving.stage_host import StageHost
 from swarmd.transport.endpoint import LinkRefused
 from swarmd.transport.exchanges import Answer
@@ -77,6 +77,8 @@ class LinkRouter:
             match message:
                 case GetManifest() | GetChunk():
                     return await self.exchange.answer(message)
+                case RenewCertificate() | SwitchAuthority():
+                    return await self.trust.rotations.answer(link, message)
                 case StartStage() | WireStage() | StopStage() | TakeStage():
                     return await self._carry_out(link, message)
         self._log_refusal(link, message, "no daemon answers that")

@@ -46,7 +46,7 @@ class Mesh:
         self.membership = Membership()
         self.rtt_ms: dict[str, float] = {}
         self._endpoint = endpoint
-        self._swarm_tag = swarm_tag
+        self._swarm_tags = frozenset({swarm_tag})
         self._own_record = own_record
         self._on_change = on_change
         self._links: dict[str, Link] = {}
@@ -64,6 +64,15 @@ class Mesh:
         """The link to a node, if one is up."""
         return self._links.get(node_id)
 
+    @property
+    def links(self) -> list[Link]:
+        """The links to other daemons that are up, one per node."""
+        return list(self._links.values())
+
+    def belong_to(self, swarm_tags: frozenset[str]) -> None:
+        """The public names that the swarm has from now on: two, while its token is changed."""
+        self._swarm_tags = swarm_tags
+
     def add_static(self, peers: Sequence[PeerAddress]) -> None:
         """Peers named by a person."""
         for peer in peers:
@@ -76,7 +85,7 @@ class Mesh:
 
     def on_sighting(self, sighting: Sighting) -> None:
         """mDNS saw a node. Other swarms' nodes are named once and left alone."""
-        if sighting.swarm_tag != self._swarm_tag:
+        if sighting.swarm_tag not in self._swarm_tags:
             if sighting.node_id not in self._strangers and len(self._strangers) < 1024:
                 self._strangers.add(sighting.node_id)
                 log.info(

@@ -7,9 +7,9 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from swarmd.discovery.records import Addresses, Count, NodeId, NodeRecord, ShortText
+from swarmd.node.cluster.trust_messages import TRUST_MESSAGES
 from swarmd.node.models.manifest import ModelManifest
 from swarmd.node.serving.messages import DATA_MESSAGES, WireDtype
-from swarmd.transport.statements import MAX_DENIALS, Denial
 
 Seconds = Annotated[float, Meta(ge=0, le=1e12)]
 """Of a sender's own clock. Not a number is no number here."""
@@ -49,12 +49,6 @@ class Gossip(Struct, frozen=True, tag="gossip"):
     """The members that the sender has links with; sent on a new link and when one is added."""
 
     nodes: Annotated[tuple[KnownNode, ...], Meta(max_length=512)]
-
-
-class TellDenials(Struct, frozen=True, tag="denials"):
-    """Who is evicted: all that the sender knows, on a new link; what it has just learnt, later."""
-
-    denials: Annotated[tuple[Denial, ...], Meta(max_length=MAX_DENIALS)]
 
 
 class GetManifest(Struct, frozen=True, tag="model.manifest"):
@@ -170,11 +164,11 @@ class StageLost(Struct, frozen=True, tag="stage.lost"):
 
 DAEMON_MESSAGES = (
     *DATA_MESSAGES,
+    *TRUST_MESSAGES,
     Publish,
     Heartbeat,
     HeartbeatEcho,
     Gossip,
-    TellDenials,
     GetManifest,
     Manifest,
     GetChunk,

@@ -248,6 +248,15 @@ def reachable_first(own_id: str, mesh: Mesh, node: str, addresses: tuple[Address
     return (Address(host, addresses[0].port), *(a for a in addresses if a.host != host))
 
 
+async def order_over_link(mesh: Mesh, node: str, order: Struct, seconds: float | None) -> Struct:
+    """What a node on the network answers to an order. Raises LinkClosed, RemoteError, TimeoutError."""
+    link = mesh.link_to(node)
+    if link is None:
+        raise LinkClosed("no link with that node at present")
+    reply, _ = await link.request(order, timeout=seconds)
+    return reply
+
+
 async def deliver_over_link(mesh: Mesh, owner: str, report: Struct) -> None:
     """Send a report to an owner on another node; one that cannot be reached finds out by itself."""
     link = mesh.link_to(owner)

@@ -86,7 +86,12 @@ class Connected(Struct, frozen=True, tag="engine.connected"):
 
 
 class TrustChanged(Struct, frozen=True, tag="trust.changed"):
-    """Daemon to its own stage process: read from the data dir again who this node is and whom it refuses."""
+    """Daemon to its own stage process: read from the data dir again who this node is and whom it refuses.
+
+    With `members`, links that came about under another authority end, but for theirs.
+    """
+
+    members: tuple[str, ...] | None = None
 
 
 class EngineTrouble(Struct, frozen=True, tag="engine.trouble"):

@@ -23,6 +23,7 @@ from swarmd.node.serving.messages import (
     EngineProgress,
     EngineTrouble,
     LoadEngine,
+    TrustChanged,
 )
 from swarmd.node.serving.stage_child import Child, StageKey, StageStatus, can_be_kept, start_process, terminate
 from swarmd.transport.link import Link, LinkClosed, RemoteError
@@ -172,6 +173,8 @@ class StageHost:
         self._by_link[link] = child
         self._silence.watch(child, self._clock(), UNSETTLED_SILENCE_SECONDS)
         child.up.set_result(link)
+        with contextlib.suppress(LinkClosed):
+            link.send_soon(TrustChanged())  # in case that it read the data dir just before a change
         return True
 
     async def on_message(self, link: Link, message: Struct) -> None:

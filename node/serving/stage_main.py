@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from swarmd.node.serving.drafting import NgramDrafter, PreparedDrafts
-from swarmd.node.serving.messages import DATA_MESSAGES, LoadEngine
+from swarmd.node.serving.messages import DATA_MESSAGES, LoadEngine, TrustChanged
 from swarmd.node.serving.model_drafter import ModelDrafter
 from swarmd.node.serving.prompt_wakeup import wake_promptly
 from swarmd.node.serving.speculation import Speculation
@@ -95,11 +95,17 @@ async def run(data_dir: Path, daemon_port: int, ticket: str, name: str) -> None:
     endpoint = Endpoint(credentials, Vocabulary(DATA_MESSAGES), process, hello=hello)
     denials = Denials(credentials.authority_keys())
 
-    def read_trust() -> None:
+    def read_trust(message: TrustChanged) -> None:
+        present = load_credentials(data_dir)
+        if present is not None and present.node_id == endpoint.node_id:
+            endpoint.adopt(present)
+            denials.trust(present.authority_keys())
         read_denials(data_dir, denials)
         endpoint.refuse(denials.refused)
+        if message.members is not None:
+            endpoint.keep_only(message.members)
 
-    read_trust()
+    read_trust(TrustChanged())
     process.on_trust_changed = read_trust
     await process.serve(endpoint, daemon_port)
 

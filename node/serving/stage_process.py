@@ -55,7 +55,7 @@ class StageProcess:
         self._load_stage = load_stage
         self._load_speculation = load_speculation
         self.ended = asyncio.Event()
-        self.on_trust_changed: Callable[[], None] = lambda: None
+        self.on_trust_changed: Callable[[TrustChanged], None] = lambda message: None
         self._endpoint: Endpoint | None = None
         self._daemon: Link | None = None
         self._job: LoadEngine | None = None
@@ -97,7 +97,7 @@ class StageProcess:
         """What the neighbours in the ring say, and what the daemon has to say."""
         if link is self._daemon:
             if isinstance(message, TrustChanged):
-                self.on_trust_changed()
+                self.on_trust_changed(message)
         elif self._epoch is not None:
             self._epoch.on_message(link, message, payload)
 

@@ -2,48 +2,22 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.quiet_swarm import QUIET, Swarm, refusal, until_gone
 from support.swarm import Node, join
 from support.three_nodes import STORY, options
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
-
-QUIET = ("--model", "none", "--no-mdns")
-
-
-class Swarm:
-    """A founder, and members that know where it is."""
-
-    def __init__(self, root: Path, founder: Node) -> None:
-        self.root = root
-        self.founder = founder
-        self.token = founder.token()
-        self.peer = ("--peer", f"127.0.0.1:{founder.link_port}")
-
-    def join(self, name: str, *more: str) -> Node:
-        return join(self.token, self.root / name, *QUIET, *self.peer, *more)
 
 
 @pytest.fixture
 def swarm(tmp_path: Path) -> Iterator[Swarm]:
     with Node(tmp_path / "founder", *QUIET) as founder:
         yield Swarm(tmp_path, founder)
-
-
-def refusal(node: Node, *arguments: str) -> str:
-    """What a command that fails says."""
-    with pytest.raises(subprocess.CalledProcessError) as caught:
-        node.command(*arguments)
-    return caught.value.stderr
-
-
-def until_gone(here: Node, other: Node) -> None:
-    here.until(lambda s: all(n["state"] == "gone" for n in s["nodes"] if n["id"] == other.id), seconds=10)
 
 
 def test_a_member_is_expelled_everywhere_and_let_in_again(swarm: Swarm) -> None:

@@ -57,7 +57,7 @@ async def test_a_certificate_not_yet_valid_is_a_matter_of_clocks(caplog, monkeyp
     ):
         with pytest.raises(LinkRefused, match="set the clocks"):
             await there.dial("127.0.0.1", await here.listen("127.0.0.1", 0))
-        with pytest.raises(LinkRefused, match="not valid at this time; set the clocks"):
+        with pytest.raises(LinkRefused, match="not valid yet; set the clocks"):
             await here.dial("127.0.0.1", await there.listen("127.0.0.1", 0))
         await until_refused(caplog, 2)
     assert all("set the clocks" in line for line in lines(caplog, "refused"))
