@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 import threading
@@ -83,13 +84,14 @@ class Capture:
         return [Flow(source, target, _assemble(parts)) for (source, target), parts in segments.items()]
 
     def _run(self) -> None:
-        """Until told to leave, and then until nothing is left to read."""
-        while True:
-            try:
+        """Until told to leave, and then what is there already: a swarm is never silent for long."""
+        while not self._leaving.is_set():
+            with contextlib.suppress(TimeoutError):
                 self.packets.append(self._socket.recv(_MOST_PACKET_BYTES))
-            except TimeoutError:
-                if self._leaving.is_set():
-                    return
+        self._socket.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self.packets.append(self._socket.recv(_MOST_PACKET_BYTES))
 
 
 def needles(texts: Sequence[str], token_ids: Sequence[Sequence[int]]) -> set[bytes]:
