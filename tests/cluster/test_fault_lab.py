@@ -145,16 +145,17 @@ def test_a_process_gets_no_more_memory() -> None:
 
 
 def test_a_stopped_family_stands_still_and_goes_on_and_can_be_killed() -> None:
-    script = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input(); print(1, flush=True); input()'])"
+    child = "print(0, flush=True); input(); print(1, flush=True); input()"
+    script = f"import subprocess, sys; subprocess.run([sys.executable, '-c', '{child}'])"
     with subprocess.Popen(
         [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         with closing(process.stdin):
-            with stopped(family(process.pid)) as _:
-                states = {one.status() for one in family(process.pid)}
-                assert states == {psutil.STATUS_STOPPED}
+            assert process.stdout.readline() == "0\n"  # both are there
+            with stopped(family(process.pid)):
+                assert [one.status() for one in family(process.pid)] == [psutil.STATUS_STOPPED] * 2
             process.stdin.write("\n")
             assert process.stdout.readline() == "1\n"
             both = family(process.pid)
