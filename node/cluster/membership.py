@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from swarmd.discovery.records import MAX_CUT_OFF, NodeRecord
 
@@ -51,12 +52,21 @@ class MemberChange:
     heard_again: bool = False
 
 
+class _Sorted(NamedTuple):
+    """The members by what is thought of them: records of those that are counted on, ids, and those that are gone."""
+
+    alive: list[NodeRecord]
+    suspects: frozenset[str]
+    gone: list[Member]
+
+
 class Membership:
     """The other nodes of the swarm. Every method returns the changes it caused."""
 
     def __init__(self) -> None:
         self._members: dict[str, Member] = {}
         self._links: dict[str, int] = {}
+        self._sorted: _Sorted | None = None
 
     @property
     def members(self) -> dict[str, Member]:
@@ -65,19 +75,19 @@ class Membership:
 
     def alive(self) -> list[NodeRecord]:
         """The records of the nodes that are counted on, suspected ones included: they may yet answer."""
-        return [m.record for m in self._members.values() if m.state is not MemberState.GONE]
+        return list(self._by_state.alive)
 
     def suspects(self) -> frozenset[str]:
         """The nodes that say nothing at present and may yet be heard."""
-        return frozenset(m.record.id for m in self._members.values() if m.state is MemberState.SUSPECT)
+        return self._by_state.suspects
 
     def gone(self) -> list[NodeRecord]:
         """The last records of the nodes that are gone and not forgotten yet."""
-        return [m.record for m in self._members.values() if m.state is MemberState.GONE]
+        return [member.record for member in self._by_state.gone]
 
     def cut_off(self) -> tuple[str, ...]:
         """The ids of those of them that did not say that they leave: others may still have a link with them."""
-        lost = [m for m in self._members.values() if m.state is MemberState.GONE and not m.record.leaving]
+        lost = [member for member in self._by_state.gone if not member.record.leaving]
         newest = sorted(lost, key=lambda m: m.since, reverse=True)[:MAX_CUT_OFF]
         return tuple(sorted(m.record.id for m in newest))
 
@@ -124,10 +134,12 @@ class Membership:
         member = self._members.get(record.id)
         if member is None:
             self._members[record.id] = Member(record, MemberState.ALIVE, now, now)
+            self._sorted = None
             return [MemberChange(record.id, MemberState.ALIVE, joined=True)]
         newer = record.counter > member.record.counter or member.unlinked
         if newer:
             member.record, member.unlinked = record, False
+            self._sorted = None
         changes = self._revive(member, now)
         if newer and not changes and member.state is MemberState.ALIVE:
             changes = [MemberChange(record.id, member.state)]
@@ -164,15 +176,27 @@ class Membership:
 
     def _move(self, member: Member, state: MemberState, now: float) -> list[MemberChange]:
         member.state, member.since = state, now
+        self._sorted = None
         return [MemberChange(member.record.id, state)]
 
     def _forget(self, now: float) -> None:
         # One that hangs and keeps its link will not send its record again when it wakes: it stays.
-        gone = sorted(
-            (m for m in self._members.values() if m.state is MemberState.GONE and m.record.id not in self._links),
-            key=lambda m: m.since,
-            reverse=True,
-        )
+        gone = [member for member in self._by_state.gone if member.record.id not in self._links]
+        # Who owned an instance has heirs, who must know of it, however many others went at the same time.
+        gone.sort(key=lambda member: (bool(member.record.instances), member.since), reverse=True)
         for rank, member in enumerate(gone):
             if rank >= MAX_GONE or now - member.since > FORGET_SECONDS:
                 del self._members[member.record.id]
+                self._sorted = None
+
+    @property
+    def _by_state(self) -> _Sorted:
+        """Sorted anew only after a change: it is asked for at every event of a swarm."""
+        if self._sorted is None:
+            members = self._members.values()
+            self._sorted = _Sorted(
+                [member.record for member in members if member.state is not MemberState.GONE],
+                frozenset(member.record.id for member in members if member.state is MemberState.SUSPECT),
+                [member for member in members if member.state is MemberState.GONE],
+            )
+        return self._sorted

@@ -1,8 +1,9 @@
 """Who is in the swarm, case by case: records, suspicion, going, coming back, and forgetting."""
 
 import pytest
+from msgspec.structs import replace
 
-from swarmd.discovery.records import NodeRecord
+from swarmd.discovery.records import InstanceRecord, InstanceState, ModelSummary, NodeRecord
 from swarmd.node.cluster.membership import (
     FORGET_SECONDS,
     GONE_SECONDS,
@@ -220,3 +221,21 @@ def test_an_expelled_node_is_gone_at_once():
     assert membership.alive() == []
     assert membership.expel(A, 1) == []
     assert membership.expel(B, 1) == [], "nobody"
+
+
+def test_owners_are_remembered_for_their_heirs_however_many_go_at_once():
+    """A network of hundreds that falls in two: the other half goes in a moment, and its instances need new owners."""
+    membership = Membership()
+    owned = InstanceRecord("tiny-1", ModelSummary("tiny", "0" * 64, 1, 64, "llama"), InstanceState.READY, 1)
+    for index in range(3 * MAX_GONE):
+        node_id = f"{index:064x}"
+        membership.on_linked(node_id, 0)
+        membership.on_record(replace(record(node_id), instances=(owned,) if index == 0 else ()), 0)
+    for index in range(3 * MAX_GONE):
+        membership.on_unlinked(f"{index:064x}", 1 + index / 1000)
+    membership.tick(1 + GONE_SECONDS)
+    membership.tick(2 + GONE_SECONDS)
+    assert len(membership.gone()) == MAX_GONE
+    assert [gone.id for gone in membership.gone() if gone.instances] == [f"{0:064x}"]
+    membership.tick(3 + GONE_SECONDS + FORGET_SECONDS)
+    assert membership.gone() == [], "not for ever"
