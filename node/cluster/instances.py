@@ -271,21 +271,25 @@ class Instances:
         try:
             return await self._order(node, order, seconds)
         except (RemoteError, LinkClosed, TimeoutError) as error:
-            refused = isinstance(error, RemoteError)
+            code, words = (error.code, error.message) if isinstance(error, RemoteError) else ("", str(error))
             # Who serves a later order is not to blame.
-            culprit = node if starting and not (refused and error.code == "stale_epoch") else ""
-            reason = f"node {node[:12]}: {error.message if refused else error}"
-            self._lose(order, reason, culprit=culprit, starting=starting)
+            culprit = node if starting and code != "stale_epoch" else ""
+            reason = f"node {node[:12]}: {words}"
+            self._lose(order, reason, culprit=culprit, starting=starting, refused=code == "refused")
             return None
 
     def _lose(
-        self, order: StartStage | WireStage | TakeStage, reason: str, *, culprit: str = "", starting: bool = False
+        self,
+        order: StartStage | WireStage | TakeStage,
+        reason: str,
+        *,
+        culprit: str = "",
+        starting: bool = False,
+        refused: bool = False,
     ) -> None:
-        now = time.monotonic()
+        lose, now = self._ledger.on_stage_lost, time.monotonic()
         self._act(
-            lambda: self._ledger.on_stage_lost(
-                order.instance, order.epoch, reason, now, culprit=culprit, starting=starting
-            )
+            lambda: lose(order.instance, order.epoch, reason, now, culprit=culprit, starting=starting, refused=refused)
         )
 
     def _spawn(self, work: Coroutine[object, object, None]) -> None:

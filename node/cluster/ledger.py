@@ -178,16 +178,28 @@ class Ledger:
         self._trouble.on_crashed(node, now)
 
     def on_stage_lost(
-        self, instance_id: str, epoch: int, reason: str, now: float, *, culprit: str = "", starting: bool = False
+        self,
+        instance_id: str,
+        epoch: int,
+        reason: str,
+        now: float,
+        *,
+        culprit: str = "",
+        starting: bool = False,
+        refused: bool = False,
     ) -> list[Ordered]:
-        """A stage is lost, by the fault of node `culprit` if one is named; `starting`: it did not come up at all."""
+        """A stage is lost, by the fault of node `culprit` if one is named; `starting`: it did not come up at all.
+
+        `refused`: its node had no room for it.
+        """
         instance = self._owned.get(instance_id)
         if instance is None:
             return []
         epochs = {instance.epoch, instance.move.epoch if instance.move is not None else instance.epoch}
         if culprit and epoch in epochs:
             (self._trouble.on_failed if starting else self._trouble.on_crashed)(culprit, now)
-        return [Ordered(instance_id, action) for action in instance.on_stage_lost(epoch, reason, now)]
+        actions = instance.on_stage_lost(epoch, reason, now, refused=refused)
+        return [Ordered(instance_id, action) for action in actions]
 
     def _is_heir(self, record: InstanceRecord, staying: Sequence[NodeRecord]) -> bool:
         holders = [n.id for n in staying if any(m.sha256 == record.model.sha256 for m in n.models)]

@@ -143,10 +143,11 @@ class OwnedInstance:
         self.record = replace(self.record, state=InstanceState.READY, reason="")
         return []
 
-    def on_stage_lost(self, epoch: int, reason: str, now: float) -> list[Action]:
+    def on_stage_lost(self, epoch: int, reason: str, now: float, *, refused: bool = False) -> list[Action]:
         """A stage failed to start, or ended, or lost a neighbour: the epoch is over.
 
-        The other stages are left alone: those that the next plan wants just so are kept.
+        The other stages are left alone: those that the next plan wants just so are kept. Unless a node `refused` for
+        want of room: who has that may wait for just the room that these stages take, of which no record tells.
         """
         if self._move is not None and epoch == self._move.build.epoch:
             return self._give_up_move(now)
@@ -161,7 +162,7 @@ class OwnedInstance:
         self._retry_at = now + self._retry_seconds
         self._retry_seconds = min(2 * self._retry_seconds, LAST_RETRY_SECONDS)
         self._wait(InstanceState.PLANNING, reason)
-        return []
+        return self.stop() if refused else []
 
     def stop(self) -> list[Action]:
         """The owner lets the instance go."""

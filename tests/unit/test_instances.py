@@ -19,7 +19,15 @@ from swarmd.discovery.records import (
 )
 from swarmd.node.cluster.instances import Instances
 from swarmd.node.cluster.ledger import View
-from swarmd.node.cluster.messages import StageProgress, StageStarted, StageWired, StartStage, TakeStage, WireStage
+from swarmd.node.cluster.messages import (
+    StageProgress,
+    StageStarted,
+    StageWired,
+    StartStage,
+    StopStage,
+    TakeStage,
+    WireStage,
+)
 from swarmd.partition.costs import ModelCosts
 from swarmd.partition.plan import Promise
 from swarmd.transport.link import RemoteError
@@ -48,7 +56,9 @@ class Swarm:
         self.instances = Instances(A, lambda: View(nodes), self.order, self.changed, wire_dtype="f32", split=False)
         self.ready = asyncio.Event()
         self.lost = asyncio.Event()
+        self.stopped = asyncio.Event()
         self.forgotten = False
+        self.full: str | None = None
 
     def changed(self) -> None:
         if any(record.state is InstanceState.READY for record in self.instances.owned):
@@ -60,6 +70,10 @@ class Swarm:
         self.orders.append((to, order))
         if isinstance(order, TakeStage) and self.forgotten:
             raise RemoteError("stale_epoch", "this node has no such stage")
+        if isinstance(order, StartStage) and to == self.full:
+            raise RemoteError("refused", "other stages take 90 MB of it")
+        if sum(isinstance(order, StopStage) for _, order in self.orders) == 2:
+            self.stopped.set()
         if isinstance(order, StartStage):
             self.instances.on_report(to, StageProgress(order.instance, order.epoch, order.index, 5, 10))
             self.instances.on_report(B, StageProgress(order.instance, order.epoch, order.index, 7, 10))
@@ -111,4 +125,16 @@ async def test_a_member_that_was_away_is_asked_for_its_stages_and_a_loss_is_acte
     async with asyncio.timeout(10):
         await swarm.lost.wait()
     assert [to for to, order in swarm.orders if isinstance(order, TakeStage)] == [B]
+    await swarm.instances.close()
+
+
+async def test_when_a_node_has_no_room_the_stages_on_the_others_are_ended():
+    """Two instances that kept what they have while they wait for each other's room would wait for ever."""
+    swarm = Swarm(node(A, device("cpu", 50)), node(B, device("cpu", 45)))
+    swarm.full = B
+    swarm.instances.own(MODEL, COSTS, [Promise(64, 64)], SimpleNamespace())  # type: ignore[arg-type]
+    async with asyncio.timeout(10):
+        await swarm.stopped.wait()
+    assert [(to, type(order)) for to, order in swarm.orders[2:]] == [(A, StopStage), (B, StopStage)]
+    assert swarm.instances.owned[0].state is InstanceState.PLANNING
     await swarm.instances.close()

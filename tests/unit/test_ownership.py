@@ -153,6 +153,16 @@ def test_a_stage_that_is_lost_ends_the_epoch_and_the_next_one_follows_after_a_pa
     assert start.epoch == 2
 
 
+def test_who_is_refused_room_lets_go_of_what_it_holds_since_others_may_wait_for_that():
+    owned = ready()
+    assert owned.on_stage_lost(1, "killed", 10) == []
+    owned.consider(around(a=40, b=30), 20)
+    assert owned.on_stage_lost(2, "node b: other stages take 10 MB of it", 20, refused=True) == [StopStages(2, (A, B))]
+    assert owned.record.state is InstanceState.PLANNING
+    [start] = owned.consider(around(a=40, c=30), 30)
+    assert (start.epoch, nodes(owned)) == (3, [A, C]), "nothing is left to be stopped"
+
+
 def test_a_reason_of_any_length_leaves_the_record_readable_by_others():
     owned = ready()
     owned.on_stage_lost(1, "x" * 5000, 10)
