@@ -32,7 +32,7 @@ class VirtualLink:
 
     ends: tuple[str, str]
     open: set[str]
-    waiting: dict[str, set[asyncio.Future[Struct]]] = field(default_factory=dict)
+    waiting: dict[str, dict[asyncio.Future[Struct], None]] = field(default_factory=dict)
     # What is under way to each end and cannot arrive at present.
     stalled: dict[str, list[Callable[[], None]]] = field(default_factory=dict)
     busy_until: dict[str, float] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class Network:
         self.rng = rng
         self.nodes: dict[str, VirtualNode] = {}  # those whose daemon runs
         self.group: dict[str, int] = {}
-        self.cuts: set[Pair] = set()
+        self.cuts: dict[Pair, None] = {}
         self.loss = 0.0
         self.slow: dict[str, float] = {}
         self.unlinked: dict[Pair, float] = {}
@@ -106,7 +106,7 @@ class Network:
         if link is None:
             raise LinkClosed("no link with that node at present")
         reply: asyncio.Future[Struct] = self.loop.create_future()
-        link.waiting.setdefault(sender.id, set()).add(reply)
+        link.waiting.setdefault(sender.id, {})[reply] = None
 
         def answer(outcome: Struct | RemoteError) -> None:
             if not reply.done():
@@ -125,7 +125,7 @@ class Network:
             async with asyncio.timeout(seconds):
                 return await reply
         finally:
-            link.waiting[sender.id].discard(reply)
+            link.waiting.get(sender.id, {}).pop(reply, None)
 
     def connect(self, one: str, other: str) -> None:
         """A dial succeeds: there is a link, and both sides send their records."""
@@ -150,7 +150,7 @@ class Network:
             return
         link.open.discard(node)
         link.stalled.pop(node, None)
-        for reply in link.waiting.pop(node, set()):
+        for reply in link.waiting.pop(node, {}):
             if not reply.done():
                 reply.set_exception(LinkClosed("the link was lost"))
         there = self.nodes.get(node)

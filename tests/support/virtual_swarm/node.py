@@ -54,7 +54,7 @@ class VirtualNode:
         self.membership = Membership()
         self.changed = Signal()
         self.late: dict[str, NodeRecord] = {}
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks: dict[asyncio.Task[Any], None] = {}
         self._asleep: list[Callable[[], None]] = []
         self._timer: asyncio.TimerHandle | None = None
         self._reacting: asyncio.TimerHandle | None = None
@@ -113,12 +113,12 @@ class VirtualNode:
     def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """A task that ends with the daemon."""
         task = asyncio.ensure_future(work)
-        self._tasks.add(task)
+        self._tasks[task] = None
         task.add_done_callback(self._done)
         return task
 
     def _done(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
+        del self._tasks[task]
         if not task.cancelled() and (error := task.exception()) is not None:
             self.world.errors.append(error)
 
@@ -127,7 +127,7 @@ class VirtualNode:
         self.closed = True
         for _, process in self.host.processes:
             process.end(-9)
-        for task in (*self._tasks, *self.instances._tasks):
+        for task in (*self._tasks, *sorted(self.instances._tasks, key=_number)):
             task.cancel()
         for timer in (self._timer, self._reacting, self._arming):
             if timer is not None:
@@ -375,3 +375,7 @@ class VirtualNode:
 
 def _claims(record: NodeRecord) -> list[tuple[str, int, int]]:
     return [(one.id, one.epoch, one.term) for one in record.instances]
+
+
+def _number(task: asyncio.Task[None]) -> int:
+    return int(task.get_name().rpartition("-")[2])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
@@ -64,18 +64,17 @@ class DriverLink:
 
     entry: VirtualNode
     process: Process
-    open: set[Items] = field(default_factory=set)
 
     @asynccontextmanager
     async def stream(self, order: Generate) -> AsyncGenerator[Items]:
         items, world = Items(), self.entry.world
-        world.open_streams.setdefault((self.entry, self.process.node.id), set()).add(items)
+        world.open_streams.setdefault((self.entry, self.process.node.id), {})[items] = None
         pump = asyncio.ensure_future(self._pump(order, items))
         try:
             yield items
         finally:
             pump.cancel()
-            world.open_streams[self.entry, self.process.node.id].discard(items)
+            del world.open_streams[self.entry, self.process.node.id][items]
 
     async def _pump(self, order: Generate, items: Items) -> None:
         world, here = self.entry.world, self.process.node

@@ -48,6 +48,7 @@ def run(seed: int, n_nodes: int) -> Result:
     began = time.perf_counter()
     loop, rng = VirtualLoop(), random.Random(seed)
     result = Result(seed)
+    loop.set_exception_handler(lambda _, what: result.wrong.append(f"{what['message']}: {what.get('exception')!r}"))
     logging.disable(logging.CRITICAL)
     asyncio.set_event_loop(loop)
     try:
@@ -232,15 +233,15 @@ class _Schedule:
                 self._wrong(f"{node.id[:6]} knows {len(node.membership.members)} members")
 
     def _components(self) -> list[set[str]]:
-        network, left = self.world.network, set(self.world.network.nodes)
+        network, left = self.world.network, list(self.world.network.nodes)
         found: list[set[str]] = []
         while left:
             todo, seen = [left.pop()], set[str]()
             while todo:
                 node = todo.pop()
                 seen.add(node)
-                near = {other for other in left if network.reach(node, other)}
-                left -= near
+                near = [other for other in left if network.reach(node, other)]
+                left = [other for other in left if other not in near]
                 todo += near
             found.append(seen)
         return found

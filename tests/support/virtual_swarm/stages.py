@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 RING_SILENCE_SECONDS = 2.0
 FAKE_STAGES = 2
+STALL_SECONDS = 0.1
 
 
 class Processes:
@@ -43,7 +44,7 @@ class Processes:
 
     def __init__(self) -> None:
         self.by_port: dict[int, Process] = {}
-        self.edges: set[Edge] = set()
+        self.edges: dict[Edge, None] = {}
         self._next_port = 1024
 
     def port(self) -> int:
@@ -64,7 +65,7 @@ class Edge:
         self.ends = (one, other)
         self.epochs = (one.job.epoch, other.job.epoch)
         self._timer: asyncio.TimerHandle | None = None
-        one.host.world.processes.edges.add(self)
+        one.host.world.processes.edges[self] = None
 
     def flows(self) -> bool:
         one, other = self.ends
@@ -86,7 +87,7 @@ class Edge:
         processes = self.ends[0].host.world.processes
         if self not in processes.edges:
             return
-        processes.edges.discard(self)
+        del processes.edges[self]
         if self._timer is not None:
             self._timer.cancel()
         for process, epoch in zip(self.ends, self.epochs, strict=True):
@@ -184,12 +185,16 @@ class Process:
             loop.call_later(seconds, come_back)
 
         def come_back() -> None:
-            if not self.over and self.driver is driver and self.ring_flows():
-                pipeline.flush()
-                while pipeline.answers:
-                    answer = pipeline.answers.popleft()
-                    assert isinstance(answer, Sampled)
-                    driver.on_sampled(answer)
+            if self.over or self.driver is not driver:
+                return
+            if not self.ring_flows():  # nothing is lost: it goes on as soon as the path does, if the ring holds
+                loop.call_later(STALL_SECONDS, come_back)
+                return
+            pipeline.flush()
+            while pipeline.answers:
+                answer = pipeline.answers.popleft()
+                assert isinstance(answer, Sampled)
+                driver.on_sampled(answer)
 
         driver = self.driver = Driver(job.instance, limits, run_step, clock=loop.time)
         self._tasks = [asyncio.create_task(driver.run()), asyncio.create_task(self._report(driver))]

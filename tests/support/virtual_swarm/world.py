@@ -34,7 +34,7 @@ class World:
         self.settled = False
         self.sick: dict[str, float] = {}
         self.full: dict[str, float] = {}
-        self.open_streams: dict[tuple[VirtualNode, str], set[Items]] = {}
+        self.open_streams: dict[tuple[VirtualNode, str], dict[Items, None]] = {}
         self.busy_entries: dict[str, int] = {}
         self.clients: list[Client] = []
         self.ids = [hashlib.sha256(rng.randbytes(8)).hexdigest() for _ in range(n_nodes)]
@@ -215,15 +215,15 @@ class World:
 
     def cut(self, one: str, other: str) -> None:
         """Two nodes cannot reach each other any more."""
-        self.network.cuts.add(frozenset((one, other)))
+        self.network.cuts[frozenset((one, other))] = None
         self._moved_pair(one, other)
 
     def mend(self) -> None:
         """All pairs that were cut can."""
         if self.settled:
             return
-        cuts, self.network.cuts = self.network.cuts, set()
-        for one, other in map(tuple, cuts):
+        cuts, self.network.cuts = self.network.cuts, {}
+        for one, other in map(sorted, cuts):
             self._moved_pair(one, other, tell=False)
         self.network.changed()
 
