@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from swarmd.partition.plan import Capacity, PlannedStage, Promise
 from swarmd.partition.units import format_bytes
 
+MOST_NAMED = 16
+"""So many devices without a part in the plan are named; there may be hundreds."""
+
 
 def explain_single(
     stages: Sequence[PlannedStage], devices: Sequence[Capacity], promise: Promise, *, shrunk: bool
@@ -15,11 +18,13 @@ def explain_single(
     used = _find(stages[0], devices)
     speed = f", read at {format_bytes(used.bandwidth)}/s" if used.bandwidth else ""
     lines = [f"{used.label} holds the whole model: {_fill(stages[0], used)}{speed}"]
-    for other in devices:
-        if other is not used:
-            lines.append(
-                f"{other.label} is not needed: a model that fits on one device is not split unless asked (--split)"
-            )
+    others = [other for other in devices if other is not used]
+    for other in others[:MOST_NAMED]:
+        lines.append(
+            f"{other.label} is not needed: a model that fits on one device is not split unless asked (--split)"
+        )
+    if len(others) > MOST_NAMED:
+        lines.append(f"nor are {len(others) - MOST_NAMED} others")
     return (*lines, *_promise_lines(promise, shrunk))
 
 
@@ -32,9 +37,11 @@ def explain_split(
         device = _find(stage, devices)
         used.append(device)
         lines.append(f"{device.label}: layers {stage.start} to {stage.end - 1}, {_fill(stage, device)}")
-    for other in devices:
-        if other not in used:
-            lines.append(f"{other.label} is left out: its {format_bytes(other.memory)} would carry less than it costs")
+    others = [other for other in devices if other not in used]
+    for other in others[:MOST_NAMED]:
+        lines.append(f"{other.label} is left out: its {format_bytes(other.memory)} would carry less than it costs")
+    if len(others) > MOST_NAMED:
+        lines.append(f"so are {len(others) - MOST_NAMED} others")
     return (*lines, *_promise_lines(promise, shrunk))
 
 

@@ -79,7 +79,8 @@ class _Need:
 
 
 def _plan_for(need: _Need, devices: list[Capacity], split: bool) -> tuple[tuple[PlannedStage, ...], bool] | None:
-    able = [device for device in devices if need.whole() <= device.memory]
+    all_of_it = need.whole()
+    able = [device for device in devices if all_of_it <= device.memory]
     whole = (_stage(need, fastest(able), 0, need.n_layers),) if able else ()
     if whole and not split:
         return whole, True

@@ -52,6 +52,7 @@ class Ledger:
         self._owned: dict[str, OwnedInstance] = {}
         self._highest: dict[str, int] = {}
         self._trouble = Trouble()
+        self._around: dict[str, tuple[object, Surroundings]] = {}
 
     @property
     def owned(self) -> dict[str, OwnedInstance]:
@@ -69,7 +70,7 @@ class Ledger:
         for record in self.records:
             claims.setdefault(record.id, []).append((self._own_id, record))
         for node in nodes:
-            if node.id != self._own_id:
+            if node.instances and node.id != self._own_id:
                 for record in node.instances:
                     claims.setdefault(record.id, []).append((node.id, record))
         return [winner(rivals) for rivals in claims.values()]
@@ -210,7 +211,18 @@ class Ledger:
             raise ValueError(f"this node owns {MAX_INSTANCES} instances already")
 
     def _surroundings(self, instance_id: str, view: View, now: float) -> Surroundings:
+        """The same object as long as nothing has changed, so that nothing is planned again for nothing."""
+        moves = [instance.move for instance in self._owned.values()]
+        seen = (tuple(view.nodes), view.suspects, self._trouble.avoided(now), self.records, moves)
+        known = self._around.get(instance_id)
+        if known is None or known[0] != seen:
+            self._around = {key: value for key, value in self._around.items() if key in self._owned}
+            known = self._around[instance_id] = (seen, self._look_around(instance_id, view, now))
+        return known[1]
+
+    def _look_around(self, instance_id: str, view: View, now: float) -> Surroundings:
         used = self._used_by_others(instance_id, view.nodes)
+        there = {node.id for node in view.nodes}
         return Surroundings(
             [
                 Capacity(
@@ -227,8 +239,9 @@ class Ledger:
             suspects=view.suspects,
             leaving=frozenset(node.id for node in view.nodes if node.leaving),
             avoided=self._trouble.avoided(now),
+            # Those that nobody here sees are part of no plan.
             cut=frozenset(
-                frozenset((node.id, other)) for node in view.nodes for other in node.cut_off if other != node.id
+                frozenset((node.id, other)) for node in view.nodes for other in there & set(node.cut_off) - {node.id}
             ),
         )
 

@@ -53,11 +53,12 @@ class MemberChange:
 
 
 class _Sorted(NamedTuple):
-    """The members by what is thought of them: records of those that are counted on, ids, and those that are gone."""
+    """The members by what is thought of them."""
 
-    alive: list[NodeRecord]
+    alive: dict[str, NodeRecord]
     suspects: frozenset[str]
     gone: list[Member]
+    cut_off: tuple[str, ...]
 
 
 class Membership:
@@ -75,7 +76,7 @@ class Membership:
 
     def alive(self) -> list[NodeRecord]:
         """The records of the nodes that are counted on, suspected ones included: they may yet answer."""
-        return list(self._by_state.alive)
+        return list(self._by_state.alive.values())
 
     def suspects(self) -> frozenset[str]:
         """The nodes that say nothing at present and may yet be heard."""
@@ -87,9 +88,7 @@ class Membership:
 
     def cut_off(self) -> tuple[str, ...]:
         """The ids of those of them that did not say that they leave: others may still have a link with them."""
-        lost = [member for member in self._by_state.gone if not member.record.leaving]
-        newest = sorted(lost, key=lambda m: m.since, reverse=True)[:MAX_CUT_OFF]
-        return tuple(sorted(m.record.id for m in newest))
+        return self._by_state.cut_off
 
     def get(self, node_id: str) -> Member | None:
         """One node, or None."""
@@ -139,7 +138,10 @@ class Membership:
         newer = record.counter > member.record.counter or member.unlinked
         if newer:
             member.record, member.unlinked = record, False
-            self._sorted = None
+            if self._sorted is not None and record.id in self._sorted.alive:
+                self._sorted.alive[record.id] = record
+            else:
+                self._sorted = None
         changes = self._revive(member, now)
         if newer and not changes and member.state is MemberState.ALIVE:
             changes = [MemberChange(record.id, member.state)]
@@ -191,12 +193,15 @@ class Membership:
 
     @property
     def _by_state(self) -> _Sorted:
-        """Sorted anew only after a change: it is asked for at every event of a swarm."""
+        """Sorted anew only after a change of states: it is asked for at every event of a swarm."""
         if self._sorted is None:
             members = self._members.values()
+            gone = [member for member in members if member.state is MemberState.GONE]
+            lost = sorted((m for m in gone if not m.record.leaving), key=lambda m: m.since, reverse=True)
             self._sorted = _Sorted(
-                [member.record for member in members if member.state is not MemberState.GONE],
+                {member.record.id: member.record for member in members if member.state is not MemberState.GONE},
                 frozenset(member.record.id for member in members if member.state is MemberState.SUSPECT),
-                [member for member in members if member.state is MemberState.GONE],
+                gone,
+                tuple(sorted(member.record.id for member in lost[:MAX_CUT_OFF])),
             )
         return self._sorted

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from swarmd.discovery.records import Address, InstanceRecord, InstanceState, ModelSummary
 from swarmd.node.cluster.actions import Action, FetchStages, StartStages, StopStages, TakeStages, WireStages
 from swarmd.node.cluster.bring_up import BringUp, Move
-from swarmd.node.cluster.planning import Surroundings, Undecided, improvement, plan_anew, plan_move
+from swarmd.node.cluster.planning import Improvement, Surroundings, Undecided, plan_anew, plan_move
 from swarmd.partition.costs import ModelCosts
 from swarmd.partition.plan import DoesNotFit, Plan, Promise
 
@@ -54,6 +54,7 @@ class OwnedInstance:
         self._promises = tuple(promises)
         self._build: BringUp | None = None
         self._move: Move | None = None
+        self._improvement = Improvement()
         self._remains: tuple[str, ...] = ()
         self._last_epoch = epoch
         self._retry_seconds = FIRST_RETRY_SECONDS
@@ -251,7 +252,7 @@ class OwnedInstance:
             return []
         if any(stage.node in around.leaving for stage in self.record.stages):
             return self._start_move(around, "a node leaves", disturb=True)
-        better = improvement(self.record, self._costs, self._promises, around, split=self.record.split)
+        better = self._improvement.over(self.record, self._costs, self._promises, around)
         if better is None:
             self._gain_since = None
             return []

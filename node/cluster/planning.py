@@ -118,6 +118,24 @@ def improvement(
     return None
 
 
+class Improvement:
+    """For one instance, whether another plan would be clearly better."""
+
+    def __init__(self) -> None:
+        self._record: InstanceRecord | None = None
+        self._around: Surroundings | None = None
+        self._better: str | None = None
+
+    def over(
+        self, record: InstanceRecord, costs: ModelCosts, promises: Sequence[Promise], around: Surroundings
+    ) -> str | None:
+        """As `improvement`, worked out anew only when something has changed: this is asked for twice a second."""
+        if record is not self._record or around is not self._around:
+            self._better = improvement(record, costs, promises, around, split=record.split)
+            self._record, self._around = record, around
+        return self._better
+
+
 def _faster(record: InstanceRecord, made: Plan, capacities: Sequence[Capacity]) -> str | None:
     devices = {(capacity.node, capacity.device): capacity for capacity in capacities}
     old = devices.get((record.stages[0].node, record.stages[0].device))

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swarmd.partition.costs import ModelCosts
+from swarmd.partition.explain import MOST_NAMED
 from swarmd.partition.memory_weighted import ABOUT_AS_FAST, plan
 from swarmd.partition.plan import Capacity, DoesNotFit, Promise
 
@@ -227,3 +228,12 @@ def test_the_order_of_the_middle_stages_is_searched_when_layers_differ_in_size()
     devices = [Capacity(c * 64, "cpu", size, c) for c, size in (("a", 8), ("b", 8), ("c", 4), ("d", 2))]
     middle = plan(costs, [Promise(1, 1)], devices).stages[1:-1]
     assert [stage.node for stage in middle] == ["d" * 64, "c" * 64], "the smaller one holds the smaller layer"
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_of_hundreds_of_devices_without_a_part_only_some_are_named(split):
+    costs = ModelCosts((10 * MB,) * 4, 0, 0, 0, 0)
+    devices = [Capacity(f"{index:064x}", "cpu", (50 if index < 4 else 9) * MB, f"n{index}") for index in range(200)]
+    made = plan(costs, [Promise(1, 1)], devices, split=split)
+    assert len(made.explanation) <= 4 + MOST_NAMED + 1
+    assert made.explanation[-1].endswith(f"{200 - len(made.stages) - MOST_NAMED} others")

@@ -15,11 +15,13 @@ from swarmd.discovery.records import (
     NodeRecord,
     StageRecord,
 )
+from swarmd.node.cluster import planning
 from swarmd.node.cluster.actions import StartStages, StopStages, TakeStages
 from swarmd.node.cluster.ledger import Ledger, View
 from swarmd.node.cluster.ownership import GAIN_SECONDS
 from swarmd.node.cluster.trouble import FIRST_SECONDS, FORGIVE_SECONDS, LAST_SECONDS, MAX_NODES, Trouble
 from swarmd.node.drain import ties
+from swarmd.partition.connected import plan_connected
 from swarmd.partition.costs import ModelCosts
 from swarmd.partition.plan import Promise
 
@@ -174,3 +176,32 @@ def test_a_node_that_leaves_is_kept_by_its_answers_and_by_what_others_can_take()
     assert ties(A, [(B, theirs)], 1) == "1 answer"
     assert ties(A, [(B, theirs)], 0) == ""
     assert ties(A, [(B, replace(ours, missing_bytes=5))], 0) == "", "nobody has room for it"
+
+
+def test_nothing_is_planned_again_while_nothing_changes(monkeypatch):
+    """With hundreds of nodes a plan takes milliseconds, and owners look at the swarm twice a second."""
+    planned = []
+
+    def plan(*arguments, **options):
+        planned.append(arguments)
+        return plan_connected(*arguments, **options)
+
+    monkeypatch.setattr(planning, "plan_connected", plan)
+    ledger = Ledger(A)
+    ledger.own(MODEL, COSTS, PROMISES)
+    there = [node(A, 40), node(B, 30)]
+    ledger.consider(View(there), 0)
+    owned = ledger.owned[INSTANCE]
+    for index in range(2):
+        owned.on_started(1, index, (Address("192.0.2.1", 7000),))
+    for index in range(2):
+        owned.on_wired(1, index, 0)
+    planned.clear()
+    for now in range(1, 6):
+        assert ledger.consider(View(list(there)), now) == []
+    assert len(planned) == 1
+    there = [*there, node(C, 70)]
+    ledger.consider(View(there), 6)
+    assert len(planned) == 2, "one more has come"
+    [order] = ledger.consider(View(there), 6 + GAIN_SECONDS)
+    assert [stage.node for stage in order.action.plan.stages] == [C], "who lasts counts, though nothing changes"
