@@ -22,11 +22,13 @@ class _Jump(selectors.SelectSelector):
     def __init__(self) -> None:
         super().__init__()
         self.now = 1000.0
+        self.moments = 0
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         if timeout is None:
             raise NothingLeftError("all tasks wait, and no time is set at which anything happens")
         self.now += max(0.0, timeout)
+        self.moments += 1
         return []
 
 
@@ -39,6 +41,11 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     def time(self) -> float:
         return self._jump.now
+
+    @property
+    def moments(self) -> int:
+        """At how many moments something has happened."""
+        return self._jump.moments
 
     def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
         future: asyncio.Future[Any] = self.create_future()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,7 @@ class VirtualLink:
 
     ends: tuple[str, str]
     open: set[str]
+    since: float = 0.0
     waiting: dict[str, dict[asyncio.Future[Struct], None]] = field(default_factory=dict)
     # What is under way to each end and cannot arrive at present.
     stalled: dict[str, list[Callable[[], None]]] = field(default_factory=dict)
@@ -54,6 +55,8 @@ class Network:
         self.loss = 0.0
         self.slow: dict[str, float] = {}
         self.unlinked: dict[Pair, float] = {}
+        self.lost_messages = self.links_made = 0
+        self._stalled: dict[VirtualLink, None] = {}
         self.on_paths_changed: list[Callable[[], None]] = []
 
     def reach(self, one: str, other: str) -> bool:
@@ -83,7 +86,7 @@ class Network:
     def send(self, link: VirtualLink, sender: str, deliver: Callable[[], None]) -> None:
         """Have a message arrive at the other end, in order."""
         receiver = link.other(sender)
-        if self.loss and self.rng.random() < self.loss:
+        if self._is_lost():
             self.reset(link)
             return
         now = self.loop.time()
@@ -96,9 +99,14 @@ class Network:
             return
         stalled = link.stalled.get(receiver)
         if stalled or not self.awake(receiver) or not self.reach(*link.ends):
-            link.stalled.setdefault(receiver, []).append(deliver)
+            self.stall(link, receiver, deliver)
             return
         deliver()
+
+    def stall(self, link: VirtualLink, receiver: str, deliver: Callable[[], None]) -> None:
+        """What is under way to one end arrives when that is possible."""
+        link.stalled.setdefault(receiver, []).append(deliver)
+        self._stalled[link] = None
 
     async def request(self, sender: VirtualNode, to: str, order: Struct, seconds: float | None) -> Struct:
         """A request over the link with a node, and its reply. Raises LinkClosed, TimeoutError, RemoteError."""
@@ -127,17 +135,41 @@ class Network:
         finally:
             link.waiting.get(sender.id, {}).pop(reply, None)
 
-    def connect(self, one: str, other: str) -> None:
-        """A dial succeeds: there is a link, and both sides send their records."""
+    def connect(self, one: str, other: str) -> VirtualLink:
+        """A dial succeeds: there is a link, over which both sides send their records (see `_greet`)."""
         here, there = self.nodes[one], self.nodes[other]
         for node, peer in ((here, other), (there, one)):
             if peer in node.links:
                 self.close_end(node.links[peer], node.id, dial=False)
         self.unlinked.pop(frozenset((one, other)), None)
-        link = VirtualLink((one, other), {one, other})
-        for node, peer in ((here, there), (there, here)):
-            node.on_linked(peer.id, link)
-            self.send(link, peer.id, lambda node=node, peer=peer: node.receive(peer.record))
+        self.links_made += 1
+        link = VirtualLink((one, other), {one, other}, self.loop.time())
+        here.on_linked(other, link)
+        there.on_linked(one, link)
+        return link
+
+    def _greet(self, links: Sequence[VirtualLink]) -> None:
+        """The first messages over new links, whose order with what follows is kept."""
+        at = self.loop.time() + self.delay(*(end for link in links for end in link.ends))
+        for link in links:
+            link.busy_until = dict.fromkeys(link.ends, at)
+
+        def arrive() -> None:
+            for link in links:
+                for sender, receiver in (link.ends, link.ends[::-1]):
+                    if self._is_lost():
+                        self.reset(link)
+                    elif sender in self.nodes and receiver in self.nodes:
+                        here, there = self.nodes[sender], self.nodes[receiver]
+                        self._arrive(link, receiver, lambda h=here, t=there: t.receive(h.record))
+
+        self.loop.call_at(at, arrive)
+
+    def _is_lost(self) -> bool:
+        """Whether chance has it that a message is lost."""
+        lost = bool(self.loss) and self.rng.random() < self.loss
+        self.lost_messages += lost
+        return lost
 
     def reset(self, link: VirtualLink) -> None:
         """A link is lost; both ends that can know of it do."""
@@ -169,26 +201,34 @@ class Network:
             if self.awake(node) and self.reach(*link.ends):
                 self.close_end(link, node)
             else:
-                link.stalled.setdefault(node, []).append(close)
+                self.stall(link, node, close)
 
-        self.loop.call_later(self.delay(*link.ends), close)
+        if self.reach(*link.ends):
+            self.loop.call_later(self.delay(*link.ends), close)
+        else:
+            self.stall(link, node, close)
 
     def lost(self, one: str, other: str) -> None:
         """Two nodes have no link any more: they dial each other, at once and then with back-off."""
         pair = frozenset((one, other))
         if pair not in self.unlinked:
             self.unlinked[pair] = self.loop.time()
-            self.loop.call_later(self.rng.uniform(0.02, 0.1), self._dial, pair)
+            if self.reach(one, other):
+                self.loop.call_later(self.rng.uniform(0.02, 0.1), self._dial, pair)
 
-    def _dial(self, pair: Pair) -> None:
-        if pair not in self.unlinked:
-            return
-        one, other = sorted(pair)
-        for node, peer in ((one, other), (other, one)):
-            if self.awake(node) and peer not in self.nodes and self.reach(one, other):
-                self.nodes[node].on_refused(peer)
-        if self.awake(one) and self.awake(other) and self.reach(one, other):
-            self.connect(one, other)
+    def _dial(self, *pairs: Pair) -> None:
+        made: list[VirtualLink] = []
+        for pair in pairs:
+            one, other = sorted(pair)
+            if pair not in self.unlinked or not self.reach(one, other):
+                continue
+            for node, peer in ((one, other), (other, one)):
+                if peer not in self.nodes and self.awake(node):
+                    self.nodes[node].on_refused(peer)
+            if self.awake(one) and self.awake(other):
+                made.append(self.connect(one, other))
+        if made:
+            self._greet(made)
 
     def changed(self) -> None:
         """Paths or machines changed: what was stalled goes on, and dials succeed at their next try."""
@@ -199,23 +239,20 @@ class Network:
             if self.awake(one) and self.awake(other) and self.reach(one, other):
                 waves.setdefault(_next_try(since, now), []).append(pair)
         for at, pairs in waves.items():
-            self.loop.call_at(at, self._dial_all, pairs)
-        links = {id(link): link for node in self.nodes.values() for link in node.links.values()}
-        for link in links.values():
-            if link.stalled and self.reach(*link.ends):
-                for end in link.ends:
-                    if self.awake(end):
-                        self._release(link, end)
+            self.loop.call_at(at, self._dial, *pairs)
+        stalled, self._stalled = self._stalled, {}
+        for link in stalled:
+            for end in link.ends if self.reach(*link.ends) else ():
+                if self.awake(end):
+                    self._release(link, end)
+            if link.stalled:
+                self._stalled[link] = None
         for hear in self.on_paths_changed:
             hear()
 
     def _release(self, link: VirtualLink, end: str) -> None:
         for deliver in link.stalled.pop(end, ()):
             self.loop.call_later(self.delay(), self._arrive, link, end, deliver)
-
-    def _dial_all(self, pairs: Iterable[Pair]) -> None:
-        for pair in pairs:
-            self._dial(pair)
 
 
 def _next_try(since: float, now: float) -> float:

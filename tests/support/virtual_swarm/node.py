@@ -15,52 +15,44 @@ from msgspec.structs import replace
 from support.virtual_swarm.network import VirtualLink
 from support.virtual_swarm.stages import VirtualHost
 from support.virtual_swarm.stub_models import VirtualExchange, VirtualStore
+from support.virtual_swarm.watcher import Watcher
 
 from swarmd.discovery.records import NodeRecord
 from swarmd.node.cluster.admission import Admission
 from swarmd.node.cluster.instances import Instances
 from swarmd.node.cluster.launcher import Launcher
 from swarmd.node.cluster.ledger import View
-from swarmd.node.cluster.membership import (
-    FORGET_SECONDS,
-    GONE_SECONDS,
-    SUSPECT_SECONDS,
-    MemberChange,
-    Membership,
-    MemberState,
-)
+from swarmd.node.cluster.membership import MemberChange, MemberState
 from swarmd.node.cluster.messages import StageLost, StageProgress
 from swarmd.node.cluster.order_limits import OrderLimits
 from swarmd.node.cluster.signal import Signal
 from swarmd.node.cluster.stage_orders import StageOrders
 from swarmd.node.serving.gateway import Gateway
+from swarmd.node.serving.recovery import Patience
 from swarmd.transport.link import RemoteError
 
 if TYPE_CHECKING:
     from support.virtual_swarm.world import World
 
-TICK = 0.25
+TICK = 0.5
+# What a request may take, from the time at which its model is ready.
+DEADLINE_SECONDS = 90.0
 
 
-class VirtualNode:
+class VirtualNode(Watcher):
     """A daemon at work, from its start to its end; a restarted one is another object with the same id."""
 
     def __init__(self, world: World, node_id: str, models: set[str], keep: str) -> None:
-        self.world, self.network, self.id = world, world.network, node_id
-        self.frozen = self.leaving = self.closed = False
+        super().__init__(world, node_id)
+        self.leaving = False
         self.models, self.keep = models, keep
-        self.links: dict[str, VirtualLink] = {}
-        self.quiet: set[str] = set()
-        self.membership = Membership()
         self.changed = Signal()
-        self.late: dict[str, NodeRecord] = {}
         self._tasks: dict[asyncio.Task[Any], None] = {}
         self._asleep: list[Callable[[], None]] = []
-        self._timer: asyncio.TimerHandle | None = None
         self._reacting: asyncio.TimerHandle | None = None
-        self._arming: asyncio.TimerHandle | None = None
+        self._ticking: asyncio.TimerHandle | None = None
+        self._phase = world.rng.uniform(0, TICK)
         self._changes: list[MemberChange] = []
-        self.streams: dict[object, str] = {}
         self.waits = True
         self._build()
         self.record = replace(self._gather(), counter=round(world.loop.time() * 1000))
@@ -100,6 +92,7 @@ class VirtualNode:
             cast(Any, world.drivers(self)),
             cast(Any, world.front),
             self.changed,
+            Patience(request=DEADLINE_SECONDS),
         )
 
     # Life and tasks
@@ -108,7 +101,7 @@ class VirtualNode:
         """Begin; the links are the network's affair."""
         if self.keep:
             self.spawn(self.launcher.keep_served(self.keep, self.nodes, self.id))
-        self.spawn(self._tick())
+        self._keep_ticking()
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """A task that ends with the daemon."""
@@ -127,9 +120,9 @@ class VirtualNode:
         self.closed = True
         for _, process in self.host.processes:
             process.end(-9)
-        for task in (*self._tasks, *sorted(self.instances._tasks, key=_number)):
+        for task in (*self._tasks, *sorted(self.instances._tasks, key=lambda task: int(task.get_name()[5:]))):
             task.cancel()
-        for timer in (self._timer, self._reacting, self._arming):
+        for timer in (self._timer, self._reacting, self._arming, self._ticking):
             if timer is not None:
                 timer.cancel()
 
@@ -146,7 +139,7 @@ class VirtualNode:
         """The node goes on, and finds how much time has passed."""
         self.frozen = False
         asleep, self._asleep = self._asleep, []
-        self._look()
+        self.look()
         for work in asleep:
             work()
 
@@ -170,7 +163,7 @@ class VirtualNode:
     # As the daemon's
 
     def nodes(self) -> list[NodeRecord]:
-        self._flush()
+        self.catch_up()
         return [self.record, *self.membership.alive()]
 
     def view(self) -> View:
@@ -193,7 +186,7 @@ class VirtualNode:
             loads=self.host.loads,
             launching=self.launcher.launching,
             leaving=self.leaving,
-            follows=self.instances.follows(self.membership.alive()),
+            follows=self.instances.follows([m.record for m in self.owners() if m.state is not MemberState.GONE]),
             cut_off=self.membership.cut_off(),
         )
 
@@ -203,24 +196,44 @@ class VirtualNode:
         fresh = replace(self._gather(), counter=self.record.counter)
         if fresh != self.record:
             self.record = replace(fresh, counter=fresh.counter + 1)
-            self.world.publish(self)
+            self.world.board.publish(self)
+        self._keep_ticking()
         self.changed.notify()
 
-    async def _tick(self) -> None:
-        await asyncio.sleep(self.world.rng.uniform(0, 0.5))
-        while True:
-            if not self.frozen and self.is_concerned:
-                self.refresh()
-                self.instances.reconsider()
-                self.waits = bool(self.instances.orphans())
-                self.spawn(self.launcher.take_over())
-                await self.orders.prune(self.instances.claims(), self.world.loop.time())
-            await asyncio.sleep(0.5)
+    def _keep_ticking(self) -> None:
+        """Look at the swarm twice a second while anything could come of it."""
+        if self._ticking is None and not self.closed and self.is_concerned:
+            ticks = int((self.world.loop.time() - self._phase) / TICK + 1e-6) + 1
+            self._ticking = self.world.loop.call_at(self._phase + ticks * TICK, self._tick)
+
+    def _tick(self) -> None:
+        self._ticking = None
+        if not self.frozen and self.is_concerned:
+            self.refresh()
+            self._reconsider()
+            if self.host.jobs or self.orders._wanted or self.orders._lost:
+                self.spawn(self.orders.prune(self.instances.claims(), self.world.loop.time()))
+        self._keep_ticking()
+
+    def _reconsider(self) -> None:
+        """Who owns nothing and is no heir would not do anything."""
+        self.waits = self.may_inherit(self.models)
+        if self.waits or self.instances._ledger._owned:
+            self.instances.reconsider()
+        if self.waits and self.instances.orphans():
+            self.spawn(self.launcher.take_over())
 
     @property
     def is_concerned(self) -> bool:
         """Whether a look at the swarm could lead to anything."""
-        return bool(self.instances.owned or self.host._children or self.waits or self.orders._wanted)
+        orders = self.orders
+        held = self.host._children or orders._wanted or orders._starting
+        return bool(self.waits or held or self.instances._ledger._owned)
+
+    @property
+    def is_attentive(self) -> bool:
+        """Whether anything that any node publishes could matter at once."""
+        return bool(self._ticking is not None or self.keep or self.world.curious(self.id))
 
     async def _order(self, node: str, order: Struct, seconds: float | None) -> Struct:
         if node == self.id:
@@ -230,6 +243,7 @@ class VirtualNode:
 
     async def serve(self, link: VirtualLink, sender: str, order: Struct, answer: Callable[[Any], None]) -> None:
         """A request arrived."""
+        self.world.loop.call_soon(self._keep_ticking)
         try:
             outcome: Any = await self.orders.carry_out(sender, order)
         except RemoteError as error:
@@ -248,59 +262,12 @@ class VirtualNode:
 
     # Membership
 
-    def on_linked(self, peer: str, link: VirtualLink) -> None:
-        self.links[peer] = link
-        self.report(self.membership.on_linked(peer, self.world.loop.time()))
-        self.touch(peer)
-
-    def on_unlinked(self, peer: str, link: VirtualLink) -> None:
-        if self.links.get(peer) is link:
-            del self.links[peer]
-            self.late.pop(peer, None)
-        self.report(self.membership.on_unlinked(peer, self.world.loop.time()))
-        self.touch(peer)
-
-    def on_refused(self, peer: str) -> None:
-        self.report(self.membership.on_refused(peer, self.world.loop.time()))
-
-    def receive(self, record: NodeRecord) -> None:
-        """A record came over the link with its node."""
-        known = self.membership.get(record.id)
-        if known is not None and known.state is MemberState.ALIVE and not self.matters(known.record, record):
-            self.late[record.id] = record
-            return
-        self.late.pop(record.id, None)
-        self.report(self.membership.on_record(record, self.world.loop.time()))
-
-    def matters(self, old: NodeRecord, new: NodeRecord) -> bool:
-        """Whether a change could lead to anything here."""
-        if self.is_concerned or self.keep or self.gateway.streams or self.world.curious(self.id):
-            return True
-        if old.leaving != new.leaving or (old.models is not new.models and old.models != new.models):
-            return True
-        if old.instances is not new.instances and _claims(old) != _claims(new):
-            return True
-        seen = self.membership.get
-        return any((owner := seen(c.owner)) is None or owner.state is MemberState.GONE for c in new.follows)
-
-    def _flush(self) -> None:
-        if self.late:
-            late, self.late = self.late, {}
-            for record in late.values():
-                self.membership.on_record(record, self.world.loop.time())
-
-    def report(self, changes: Sequence[MemberChange]) -> None:
-        """As the mesh: hang up on who is gone, and tell the daemon; changes of one moment are told together."""
-        for change in changes:
-            if change.state is MemberState.GONE:
-                link = self.links.get(change.node_id)
-                if link is not None:
-                    self.world.loop.call_soon(self.network.close_end, link, self.id)
-        if changes:
-            self._changes += changes
-            if self._reacting is None:
-                delay = 0.005 if self.is_concerned else 0.05
-                self._reacting = self.world.loop.call_later(delay, self._react)
+    def react(self, changes: Sequence[MemberChange]) -> None:
+        """Changes of one moment are acted on together."""
+        self._changes += changes
+        if self._reacting is None:
+            delay = 0.005 if self.is_concerned else 0.05
+            self._reacting = self.world.loop.call_later(delay, self._react)
 
     def _react(self) -> None:
         self._reacting = None
@@ -314,68 +281,21 @@ class VirtualNode:
                 if member is not None and not member.record.leaving:
                     self.instances.on_gone(change.node_id)
                 self.world.hang_up(self, change.node_id)
-        if self.is_concerned or any(self._concerns(change) for change in changes):
-            self.instances.reconsider()
-            self.waits = bool(self.instances.orphans())
-            if self.waits:
-                self.spawn(self.launcher.take_over())
-        self.refresh()
+        for change in changes:
+            self._note_claims(change)
+        self._reconsider()
+        if any(self.shows(change) for change in changes):
+            self.refresh()
+        else:
+            self.changed.notify()
 
-    def _concerns(self, change: MemberChange) -> bool:
-        if change.state is MemberState.SUSPECT:
-            return False
+    def _note_claims(self, change: MemberChange) -> None:
+        """What a look at the swarm would make of a record, where it can make nothing else of it."""
         member = self.membership.get(change.node_id)
-        return member is None or bool(member.record.instances or member.record.follows or member.record.leaving)
-
-    def touch(self, *peers: str) -> None:
-        """Heartbeats of these members may have begun to pass, or ended."""
-        now = self.world.loop.time()
-        for peer in peers:
-            if self.membership.get(peer) is None:
-                self.quiet.discard(peer)
-            elif self.network.flows(self.id, peer):
-                self.quiet.discard(peer)
-                self.report(self.membership.on_heard(peer, now))
-            elif peer not in self.quiet:
-                self.quiet.add(peer)
-                self.membership.on_heard(peer, now - self.world.rng.uniform(0, 0.5))
-        if self._arming is None and self.quiet:
-            self._arming = self.world.loop.call_later(0.01, self._arm)
-
-    def _arm(self) -> None:
-        """Set the time at which silence is noticed next."""
-        self._arming = None
-        now, due = self.world.loop.time(), []
-        for peer in list(self.quiet):
-            member = self.membership.get(peer)
-            if member is None:
-                self.quiet.discard(peer)
-            elif member.state is MemberState.ALIVE:
-                due.append(member.heard + SUSPECT_SECONDS)
-            elif member.state is MemberState.SUSPECT:
-                due.append(member.since + GONE_SECONDS)
-            elif peer not in self.links:
-                due.append(member.since + FORGET_SECONDS)
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if due:
-            self._timer = self.world.loop.call_at(max(min(due), now) + self.world.rng.uniform(0.01, TICK), self._look)
-
-    def _look(self) -> None:
-        if self.frozen or self.closed:
+        if change.state is MemberState.SUSPECT or member is None:
             return
-        now = self.world.loop.time()
-        for peer, member in self.membership._members.items():
-            if peer not in self.quiet:
-                member.heard = now  # a heartbeat has come in the meantime
-        self.report(self.membership.tick(now))
-        self._arm()
-
-
-def _claims(record: NodeRecord) -> list[tuple[str, int, int]]:
-    return [(one.id, one.epoch, one.term) for one in record.instances]
-
-
-def _number(task: asyncio.Task[None]) -> int:
-    return int(task.get_name().rpartition("-")[2])
+        highest = self.instances._ledger._highest
+        for owned in member.record.instances:
+            highest[owned.id] = max(highest.get(owned.id, 0), owned.epoch)
+        for claim in member.record.follows:
+            highest[claim.instance] = max(highest.get(claim.instance, 0), claim.epoch)

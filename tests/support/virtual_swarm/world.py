@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable
 from typing import Any
 
+from support.virtual_swarm.board import Board
 from support.virtual_swarm.clock import VirtualLoop
-from support.virtual_swarm.network import Network
+from support.virtual_swarm.network import Network, VirtualLink
 from support.virtual_swarm.node import VirtualNode
-from support.virtual_swarm.requests import Client, DriverLinks, Front, Items
+from support.virtual_swarm.requests import STARVED_SECONDS, Client, DriverLinks, Front, Items
 from support.virtual_swarm.stages import Processes, VirtualHost
 
-from swarmd.discovery.records import DeviceRecord, ModelSummary, NodeRecord
+from swarmd.discovery.records import DeviceRecord, ModelSummary
+from swarmd.node.cluster.order_limits import SLACK
 from swarmd.node.models.manifest import ModelManifest, ModelPart
 from swarmd.partition.costs import ModelCosts
 from swarmd.transport.link import LinkClosed
@@ -38,6 +39,7 @@ class World:
         self.busy_entries: dict[str, int] = {}
         self.clients: list[Client] = []
         self.ids = [hashlib.sha256(rng.randbytes(8)).hexdigest() for _ in range(n_nodes)]
+        self.board = Board(self)
         self.devices = {node: _device(rng) for node in self.ids}
         self.models = [f"model-{index}" for index in range(n_models)]
         self._costs = {name: _costs(rng) for name in self.models}
@@ -83,51 +85,31 @@ class World:
         """Whether a client waits at this node."""
         return bool(self.busy_entries.get(node))
 
-    def publish(self, node: VirtualNode) -> None:
-        """A node's record goes to all its members; who misses it gets it again, since heartbeats tell that."""
-        record, links, network = node.record, list(node.links.items()), self.network
-        prompt: list[str] = []
-        for peer, link in links:
-            slow = network.slow.get(peer, 0.0) + network.slow.get(node.id, 0.0)
-            if network.loss and self.rng.random() < 10 * network.loss:
-                slow += 1.0
-            if slow:
-                self.loop.call_later(self.rng.uniform(0, slow), self._deliver, node, record, [peer])
-            else:
-                prompt.append(peer)
-            del link
-        if not node.frozen:
-            self.loop.call_later(self.rng.uniform(0.002, 0.02), self._deliver, node, record, prompt)
-        else:
-            node.when_awake(lambda: self.publish(node))
-
-    def _deliver(self, node: VirtualNode, record: NodeRecord, peers: Iterable[str]) -> None:
-        nodes, network = self.network.nodes, self.network
-        for peer in peers:
-            link, receiver = node.links.get(peer), nodes.get(peer)
-            if link is None or receiver is None or peer not in link.open:
-                continue
-            if receiver.frozen or not network.reach(node.id, peer):
-                link.stalled.setdefault(peer, []).append(lambda r=receiver: r.receive(record))
-            else:
-                receiver.receive(record)
-
     def hang_up(self, entry: VirtualNode, gone: str) -> None:
         """An entry node closes its links with the drivers of a node that is gone."""
         for items in self.open_streams.get((entry, gone), ()):
             items.put(LinkClosed("its node is gone"))
 
     def check_memory(self, host: VirtualHost) -> None:
-        """No device ever holds more than it may."""
+        """No device ever holds more than it may, with what orders are allowed beyond."""
         held = sum(
             self._costs[job.model_path].stage_bytes(job.start, job.end, job.kv_tokens)
             for job, process in host.processes
             if process.alive
         )
-        limit = self.devices[host.node.id].memory_limit
+        limit = self.devices[host.node.id].memory_limit * SLACK
         if held > limit:
             jobs = [(job.instance, job.epoch, job.start, job.end) for job, process in host.processes if process.alive]
             raise AssertionError(f"{held} bytes on a device of {limit}: {jobs}")
+
+    def serves(self, entry: VirtualNode, model: str) -> bool:
+        """Whether a model has been ready for long where this node can reach it."""
+        for node in self.network.nodes.values():
+            for owned in node.instances._ledger._owned.values():
+                record, now = owned.record, self.loop.time()
+                if record.model.name == model and record.stages and now - owned._ready_at > STARVED_SECONDS:
+                    return self.network.reach(entry.id, node.id) and self.network.reach(entry.id, record.stages[0].node)
+        return False
 
     # What is done to it
 
@@ -136,13 +118,17 @@ class World:
         for node_id in self.ids:
             self._add(node_id)
         nodes = list(self.network.nodes.values())
+        self.board.seed(nodes)
         for index, node in enumerate(nodes):
             for other in nodes[index + 1 :]:
-                self.network.connect(node.id, other.id)
+                link = VirtualLink((node.id, other.id), {node.id, other.id})
+                node.greet(other, link, other.record)
+                other.greet(node, link, node.record)
         for node in nodes:
             node.start()
 
     def _add(self, node_id: str) -> VirtualNode:
+        self.board.forget(node_id)
         node = VirtualNode(self, node_id, self._disks[node_id], self._keeps[node_id])
         self.network.nodes[node_id] = node
         return node
@@ -192,21 +178,28 @@ class World:
         node = self.network.nodes.get(node_id)
         if node is not None and not node.frozen:
             node.frozen = True
-            self._moved({node_id})
+            self._moved(node_id)
 
     def thaw(self, node_id: str) -> None:
         """It goes on."""
         node = self.network.nodes.get(node_id)
         if node is not None and node.frozen:
             node.wake()
-            self._moved({node_id})
+            self._moved(node_id)
 
     def part(self, groups: dict[str, int]) -> None:
         """The network falls into groups, or (`groups` empty) is whole again."""
         if self.settled:
             return
-        self.network.group = groups
-        self._moved(set(self.network.nodes))
+        before, self.network.group = self.network.group, groups
+        kinds: dict[tuple[int, int], list[str]] = {}
+        for node in self.network.nodes:
+            kinds.setdefault((before.get(node, 0), groups.get(node, 0)), []).append(node)
+        for (was, now), nodes in kinds.items():
+            moved = [other for (w, n), others in kinds.items() if (w == was) != (n == now) for other in others]
+            for node in nodes:
+                self.network.nodes[node].touch(*moved)
+        self.network.changed()
 
     def part_for_good(self, groups: dict[str, int]) -> None:
         """Nothing that was still planned changes the paths any more."""
@@ -234,10 +227,9 @@ class World:
         if tell:
             self.network.changed()
 
-    def _moved(self, moved: set[str]) -> None:
-        everyone = list(self.network.nodes)
+    def _moved(self, moved: str) -> None:
         for node_id, node in self.network.nodes.items():
-            node.touch(*(everyone if node_id in moved else moved))
+            node.touch(*(self.network.nodes if node_id == moved else (moved,)))
         self.network.changed()
 
     def ask(self, client: Client) -> None:
@@ -253,6 +245,7 @@ class World:
             self.busy_entries[client.entry] -= 1
             if task.cancelled():
                 client.outcome = "its node went"
+            client.over.set()
 
         task.add_done_callback(over)
 
