@@ -137,7 +137,7 @@ class NodeRecord(Struct, frozen=True):
 
     `launching` names the models that it is bringing, of which it will own an instance. `wire_dtype` is how it wishes
     hidden states to travel over links of its stages. `follows` are the claims of other owners that it goes by, of those
-    with whom it has a link; `cut_off` are members that it has lost and that have not said that they leave.
+    with whom it has a link; `cut_off` are members that it does not hear and that have not said that they leave.
     """
 
     id: NodeId

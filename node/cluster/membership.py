@@ -87,7 +87,7 @@ class Membership:
         return [member.record for member in self._by_state.gone]
 
     def cut_off(self) -> tuple[str, ...]:
-        """The ids of those of them that did not say that they leave: others may still have a link with them."""
+        """The ids of those that are gone or suspected and did not say that they leave: others may still hear them."""
         return self._by_state.cut_off
 
     def get(self, node_id: str) -> Member | None:
@@ -197,7 +197,8 @@ class Membership:
         if self._sorted is None:
             members = self._members.values()
             gone = [member for member in members if member.state is MemberState.GONE]
-            lost = sorted((m for m in gone if not m.record.leaving), key=lambda m: m.since, reverse=True)
+            silent = [member for member in members if member.state is not MemberState.ALIVE]
+            lost = sorted((m for m in silent if not m.record.leaving), key=lambda m: m.since, reverse=True)
             self._sorted = _Sorted(
                 {member.record.id: member.record for member in members if member.state is not MemberState.GONE},
                 frozenset(member.record.id for member in members if member.state is MemberState.SUSPECT),

@@ -25,7 +25,7 @@ from swarmd.partition.plan import DoesNotFit, Plan, Promise
 FIRST_RETRY_SECONDS = 0.25
 LAST_RETRY_SECONDS = 15.0
 # Who has served for so long begins with short pauses again after a loss.
-STEADY_SECONDS = 10.0
+STEADY_SECONDS = 2.0
 # A better plan must have been the better one for so long, and the present one must have served for so long.
 GAIN_SECONDS = 2.0
 # If streams could have to wait for it, nobody must have been seen for so long, or it must have lasted much longer.
@@ -59,6 +59,8 @@ class OwnedInstance:
         self._last_epoch = epoch
         self._retry_seconds = FIRST_RETRY_SECONDS
         self._retry_at = -math.inf
+        # Who was there, and who of them said nothing, at the latest attempt.
+        self._tried: tuple[frozenset[tuple[str, str]], frozenset[str]] | None = None
         self._ready_at = math.inf
         self._gain_since: float | None = None
         self._busy_at = -math.inf
@@ -100,7 +102,7 @@ class OwnedInstance:
             actions = self._give_up_move(now)
         if self.record.state is InstanceState.READY:
             return actions + self._consider_move(around, now, idle)
-        if self.record.state is InstanceState.LOADING or now < self._retry_at:
+        if self.record.state is InstanceState.LOADING or (now < self._retry_at and self._tried == around.news):
             return actions
         return actions + self._replan(around, now)
 
@@ -198,6 +200,7 @@ class OwnedInstance:
 
     def _replan(self, around: Surroundings, now: float, reason: str = "") -> list[Action]:
         """Start over with who is there, or wait until they suffice."""
+        self._tried = around.news
         try:
             made = plan_anew(self._costs, self._promises, around, split=self.record.split)
         except Undecided as error:

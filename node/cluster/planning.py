@@ -40,6 +40,11 @@ class Surroundings:
         """(node, device) of everything that is there."""
         return frozenset((capacity.node, capacity.device) for capacity in self.capacities)
 
+    @property
+    def news(self) -> tuple[frozenset[tuple[str, str]], frozenset[str]]:
+        """What makes another attempt promising when it changes: who is there, and who of them says nothing."""
+        return self.devices, self.suspects
+
     def without(self, *nodes: frozenset[str]) -> list[Capacity]:
         """The devices of all other nodes."""
         unwanted = frozenset[str]().union(*nodes)

@@ -87,6 +87,25 @@ def test_silence_leads_to_suspicion_and_then_to_being_gone():
     assert membership.members[A].record == record(), "what it had is still known, for whoever takes over"
 
 
+def test_a_node_says_whom_it_does_not_hear_from_the_first_suspicion_on():
+    membership = member()
+    assert membership.cut_off() == ()
+    membership.tick(SUSPECT_SECONDS)
+    assert membership.cut_off() == (A,)
+    membership.on_heard(A, SUSPECT_SECONDS)
+    assert membership.cut_off() == ()
+    membership.tick(2 * SUSPECT_SECONDS)
+    membership.tick(2 * SUSPECT_SECONDS + GONE_SECONDS)
+    assert membership.cut_off() == (A,)
+
+
+def test_a_node_is_not_cut_off_from_one_that_left():
+    membership = member()
+    membership.on_record(record(counter=2, leaving=True), 1)
+    membership.on_unlinked(A, 2)
+    assert membership.cut_off() == ()
+
+
 def test_a_closed_link_leads_to_suspicion_at_once():
     membership = member()
     assert membership.on_unlinked(A, 1) == [MemberChange(A, SUSPECT)]

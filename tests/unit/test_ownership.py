@@ -3,6 +3,8 @@
 # Which action it is, is what each test says.
 # pyright: reportAttributeAccessIssue=false
 
+import dataclasses
+
 import msgspec
 import pytest
 from msgspec.structs import replace
@@ -161,6 +163,17 @@ def test_who_is_refused_room_lets_go_of_what_it_holds_since_others_may_wait_for_
     assert owned.record.state is InstanceState.PLANNING
     [start] = owned.consider(around(a=40, c=30), 30)
     assert (start.epoch, nodes(owned)) == (3, [A, C]), "nothing is left to be stopped"
+
+
+def test_who_is_found_missing_after_a_loss_is_planned_around_at_once():
+    owned = ready()
+    owned.on_stage_lost(1, "node a: b has said nothing for 2.0 s", 10)
+    assert owned.consider(around(a=70, b=30), 10.1) == [], "perhaps it will turn out who"
+    silent = dataclasses.replace(around(a=70, b=30), suspects=frozenset({B}))
+    assert owned.consider(silent, 10.1)[0] == StopStages(1, (B,))
+    assert nodes(owned) == [A]
+    owned.on_stage_lost(2, "node a: cannot be loaded", 10.1)
+    assert owned.consider(silent, 10.2) == [], "nothing has changed since"
 
 
 def test_a_reason_of_any_length_leaves_the_record_readable_by_others():
