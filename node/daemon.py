@@ -97,6 +97,7 @@ class Daemon:
             on_lost=self.orders.on_lost,
             on_progress=self.orders.on_progress,
             on_load=self._refresh,
+            keeps_spare=True,
         )
         self.orders.host = self.host
         self.orders.admission = Admission(OrderLimits(lambda: self.hardware.limits), self.exchange)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import importlib.util
 import logging
 from typing import Literal
@@ -21,6 +23,27 @@ def require_backend(device: str) -> None:
     """Raises ValueError when nothing here computes on that device."""
     if device.partition(":")[0] not in KINDS:
         raise ValueError(f"this version of swarmd does not compute on {device}; it does on {', '.join(KINDS)}")
+
+
+def import_compute(device: str) -> None:
+    """Import what computes on a device, without touching that; so far as it is there."""
+    with contextlib.suppress(ImportError):
+        if device.startswith("cuda"):
+            importlib.import_module("swarmd.node.engine.cuda_compute")
+        elif device in ("metal", "mlx-cpu"):
+            importlib.import_module("swarmd.node.engine.backends.mlx")
+        else:
+            _import_cpu_compute()
+
+
+def _import_cpu_compute() -> None:
+    from swarmd.node.engine.cpu.bindings import NativeMissing, load
+
+    try:
+        load()
+        importlib.import_module("swarmd.node.engine.cpu.native_compute")
+    except NativeMissing:
+        importlib.import_module("swarmd.node.engine.backends.torch_cpu")
 
 
 def load_compute(

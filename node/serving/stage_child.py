@@ -65,12 +65,16 @@ class Child:
     sick: bool = False
 
 
-async def start_process(data_dir: Path, daemon_port: int, ticket: str, name: str) -> asyncio.subprocess.Process:
-    """Start a stage process, which dials the daemon and shows the ticket."""
+async def start_process(
+    data_dir: Path, daemon_port: int, ticket: str, name: str, spare_for: str = ""
+) -> asyncio.subprocess.Process:
+    """Start a stage process, which dials the daemon and shows the ticket. `spare_for`: it has time to get ready for
+    stages on this device first. Raises OSError."""
     arguments = [
         *("--data-dir", str(data_dir), "--daemon-port", str(daemon_port)),
         *("--ticket", ticket, "--name", name),
         *("--log-level", logging.getLevelName(logging.getLogger().getEffectiveLevel())),
+        *(("--spare-for", spare_for) if spare_for else ()),
     ]
     return await asyncio.create_subprocess_exec(
         sys.executable,

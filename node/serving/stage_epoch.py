@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("swarmd.stage")
 
 LOAD_REPORT_SECONDS = 0.5
-DIAL_SECONDS = 3.0
+# For all addresses of a neighbour together; but one that is busy needs some time.
+DIAL_SECONDS, LEAST_DIAL_SECONDS = 3.0, 1.5
 TICK_SECONDS = 0.25
 RING_SILENCE_SECONDS = 2.0
 # Compilers may hold the interpreter's lock for long.
@@ -238,10 +239,11 @@ class StageEpoch:
 
     async def _dial_next(self, order: Connect) -> Link:
         reason = "the next stage has no address"
+        timeout = max(LEAST_DIAL_SECONDS, DIAL_SECONDS / max(1, len(order.next_addresses)))
         for address in order.next_addresses:
             try:
                 return await self._parts.endpoint.dial(
-                    address.host, address.port, expect=order.next_node, timeout=DIAL_SECONDS
+                    address.host, address.port, expect=order.next_node, timeout=timeout
                 )
             except LinkRefused as error:
                 reason = error.reason

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 
 from msgspec import Struct
@@ -23,9 +21,9 @@ from swarmd.node.serving.messages import (
     EngineProgress,
     EngineTrouble,
     LoadEngine,
-    TrustChanged,
 )
 from swarmd.node.serving.stage_child import Child, StageKey, StageStatus, can_be_kept, start_process, terminate
+from swarmd.node.serving.stage_starts import StageStarts, Started
 from swarmd.transport.link import Link, LinkClosed, RemoteError
 
 log = logging.getLogger("swarmd.stages")
@@ -48,7 +46,7 @@ class StageHost:
     """All stage processes of this node: of an instance one per stage that the plan puts here, each on its own device.
 
     `on_lost` hears when one ends, breaks or hangs without having been told to; `on_progress` while it loads. One that
-    hangs is killed. `clock` gives seconds.
+    hangs is killed. With `keeps_spare` one process waits for the next stage. `clock` gives seconds.
     """
 
     def __init__(
@@ -60,18 +58,20 @@ class StageHost:
         on_lost: OnLost,
         on_progress: OnProgress,
         on_load: Callable[[], None],
+        keeps_spare: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._data_dir = data_dir
-        self._name = name
-        self._daemon_port = daemon_port
         self._on_lost = on_lost
         self._on_progress = on_progress
         self._on_load = on_load
         self._children: list[Child] = []  # until their processes have ended
-        self._by_ticket: dict[str, Child] = {}
         self._by_link: dict[Link, Child] = {}
         self._clock = clock
+
+        def launch(ticket: str, spare_for: str) -> Awaitable[asyncio.subprocess.Process]:
+            return start_process(data_dir, daemon_port(), ticket, name, spare_for)
+
+        self._starts = StageStarts(launch, clock, keeps_spare=keeps_spare)
         self._silence: Silence[Child] = Silence(TICK_SECONDS)
         self._guard: asyncio.Task[None] | None = None
 
@@ -113,6 +113,7 @@ class StageHost:
         try:
             async with asyncio.timeout(SPAWN_SECONDS):
                 link = await child.up
+            self._attach(child, link)
             loaded, _ = await link.request(job, timeout=None)
         except TimeoutError:
             await self._end([child])
@@ -122,6 +123,7 @@ class StageHost:
             raise (error if isinstance(error, RemoteError) else RemoteError("spawn_failed", str(error))) from error
         assert isinstance(loaded, EngineLoaded)
         child.loaded = loaded
+        self._starts.refill(job.device)
         return loaded
 
     async def connect(self, instance: str, epoch: int, index: int, wiring: Connect) -> None:
@@ -157,28 +159,19 @@ class StageHost:
         """End every stage process."""
         if self._guard is not None:
             self._guard.cancel()
-        await self._end(self._children)
+        await asyncio.gather(self._starts.close(), self._end(self._children))
 
     def tell(self, message: Struct) -> None:
         """A message to every stage process; one whose link is down is missed."""
-        for link in self._by_link:
-            with contextlib.suppress(LinkClosed):
-                link.send_soon(message)
+        self._starts.tell(message)
 
     def on_link(self, link: Link) -> bool:
         """A process with this node's own key presents itself; False when it holds no ticket of ours."""
-        child = self._by_ticket.pop(link.peer.note, None)
-        if child is None or child.up.done():
-            return False
-        self._by_link[link] = child
-        self._silence.watch(child, self._clock(), UNSETTLED_SILENCE_SECONDS)
-        child.up.set_result(link)
-        with contextlib.suppress(LinkClosed):
-            link.send_soon(TrustChanged())  # in case that it read the data dir just before a change
-        return True
+        return self._starts.on_link(link)
 
     async def on_message(self, link: Link, message: Struct) -> None:
         """A report of a stage process."""
+        self._starts.on_message(link)
         child = self._by_link.get(link)
         if child is None:
             return
@@ -198,6 +191,7 @@ class StageHost:
 
     def on_closed(self, link: Link, reason: str) -> None:
         """The link to a stage process is down; the process's end follows."""
+        self._starts.on_closed(link)
         child = self._by_link.pop(link, None)
         if child is not None:
             child.sick = True
@@ -230,24 +224,25 @@ class StageHost:
         return loaded
 
     async def _spawn(self, job: LoadEngine) -> Child:
-        ticket = secrets.token_hex(8)
-        process = await start_process(self._data_dir, self._daemon_port(), ticket, self._name)
-        child = Child(job, process, asyncio.get_running_loop().create_future())
+        started = await self._starts.take()
+        process = started.process
+        child = Child(job, process, started.up)
         self._children.append(child)
-        self._by_ticket[ticket] = child
         if self._guard is None or self._guard.done():
             self._guard = asyncio.create_task(self._watch_over(), name="guard of the stage processes")
-        child.watcher = asyncio.create_task(self._watch(child, ticket), name=f"stage process {process.pid}")
+        child.watcher = asyncio.create_task(self._watch(child, started), name=f"stage process {process.pid}")
         log.info("stage process %d starts for layers %d to %d on %s", process.pid, job.start, job.end - 1, job.device)
         return child
 
-    async def _watch(self, child: Child, ticket: str) -> None:
+    def _attach(self, child: Child, link: Link) -> None:
+        """What comes by this link is the stage's."""
+        self._by_link[link] = child
+        self._silence.watch(child, self._clock(), UNSETTLED_SILENCE_SECONDS)
+
+    async def _watch(self, child: Child, started: Started) -> None:
         code = await child.process.wait()
-        self._by_ticket.pop(ticket, None)
         words = f"the stage process ended with signal {-code}" if code < 0 else f"the stage process exited ({code})"
-        if not child.up.done():
-            child.up.set_exception(RemoteError("spawn_failed", words))
-            child.up.exception()
+        self._starts.forget(started, words)
         self._children.remove(child)
         self._silence.forget(child)
         child.sick = True

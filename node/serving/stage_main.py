@@ -33,6 +33,7 @@ def load_stage(job: LoadEngine, report: ReportBytes) -> StageEngine:
     """Build the engine of a job; imports torch, so it takes seconds. Raises ModelFileError, MemoryError, OSError."""
     from swarmd.node.engine.stage_engine import StageEngine
 
+    show_as("swarmd stage")
     path = Path(job.model_path)
     return StageEngine.load(
         path,
@@ -79,6 +80,21 @@ def _spec(path: Path, *, sparse: bool) -> ArchSpec:
         return checkpoint.spec
 
 
+def get_ready(device: str) -> None:
+    """Import what a stage on this device will need, and takes long to import."""
+    from swarmd.node.engine import stage_engine  # noqa: F401
+    from swarmd.node.engine.computes import import_compute
+    from swarmd.node.models import gguf_checkpoint, hf_checkpoint  # noqa: F401
+
+    import_compute(device)
+
+
+def show_as(name: str) -> None:
+    """What `ps -o comm` and `top` call this process, on Linux; up to 15 characters."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/comm").write_text(name)
+
+
 async def run(data_dir: Path, daemon_port: int, ticket: str, name: str) -> None:
     """Serve until the daemon is gone."""
     credentials = load_credentials(data_dir)
@@ -118,12 +134,16 @@ def main() -> None:
     parser.add_argument("--ticket", required=True)
     parser.add_argument("--name", required=True)
     parser.add_argument("--log-level", default="INFO")
+    parser.add_argument("--spare-for", default="", help="the device of the stage that may be needed")
     args = parser.parse_args()
     logging.basicConfig(
         level=args.log_level, format="%(asctime)s %(levelname).1s stage: %(message)s", datefmt="%H:%M:%S"
     )
     # Ctrl-C goes to the whole terminal group: the daemon drains and then ends its stages.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if args.spare_for:
+        show_as("swarmd spare")
+        get_ready(args.spare_for)
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(_run_and_exit(args))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from support.host_faults import stages_of
 from support.stage_swarm import StageSwarm, stage_swarm
 from support.swarm import Node
 from support.tiny_gguf import TinyModel, write_tiny_gguf
@@ -72,8 +73,7 @@ def test_a_node_with_two_devices_has_a_stage_on_each_and_comes_back_after_a_loss
         assert "Paris" in before.text
         printed = node.command("status")
         assert "mlx-cpu" in printed
-        children = psutil.Process(node.process.pid).children()
-        stages = [child for child in children if "swarmd.node.serving.stage_main" in child.cmdline()]
+        stages = stages_of(node.process.pid)
         assert len(stages) == 2
         stages[0].kill()
         node.until(lambda s: any(i["epoch"] > instance["epoch"] and i["state"] == "ready" for i in s["instances"]), 90)

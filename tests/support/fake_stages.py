@@ -26,6 +26,7 @@ class FakeStage:
         self.job: LoadEngine | None = None
         self.next: tuple[Address, ...] | None = None
         self.deaf = False
+        self.told: list[Struct] = []
         self.refuses = False
         self._loading = loading
         self._ended = asyncio.Event()
@@ -46,6 +47,10 @@ class FakeStage:
         assert isinstance(message, Connect)
         self.next = message.next_addresses
         return Connected(), b""
+
+    def send_soon(self, message: Struct) -> None:
+        """It hears."""
+        self.told.append(message)
 
     def end(self, code: int) -> None:
         """The process ends."""
@@ -70,13 +75,15 @@ class FakeStage:
 
 
 class FakeStages:
-    """All stages that were ever started, in order; `loading` is set, or holds back those that load."""
+    """All stages that were ever started, in order; `loading` is set, or holds back those that load. While `mute` is
+    true those that start do not present themselves."""
 
     def __init__(self) -> None:
         self.all: list[FakeStage] = []
         self.loading = asyncio.Event()
         self.loading.set()
         self.host: StageHost | None = None
+        self.mute = False
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Start these in place of processes."""
@@ -92,5 +99,6 @@ class FakeStages:
         self.all.append(stage)
         assert self.host is not None
         link: Any = stage
-        asyncio.get_running_loop().call_soon(self.host.on_link, link)
+        if not self.mute:
+            asyncio.get_running_loop().call_soon(self.host.on_link, link)
         return stage

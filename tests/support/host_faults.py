@@ -25,11 +25,11 @@ def family(pid: int) -> list[psutil.Process]:
 
 
 def stages_of(pid: int) -> list[psutil.Process]:
-    """The stage processes of a daemon."""
+    """The stage processes of a daemon that hold a stage, or load it (on Linux; elsewhere also the spare one)."""
     found = []
     for child in family(pid)[1:]:
         with contextlib.suppress(psutil.NoSuchProcess):
-            if _STAGE in child.cmdline():
+            if _STAGE in child.cmdline() and child.name() != "swarmd spare":
                 found.append(child)
     return found
 

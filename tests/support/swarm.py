@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 import psutil
 from support.answers import MODEL, Answer, Stream, answer_of, chat_body
+from support.host_faults import stages_of
 from support.netns import connect
 
 from swarmd.node.models.store import ModelStore
@@ -138,8 +139,7 @@ class Node:
 
     def stage_process(self) -> psutil.Process:
         """Its stage process; there must be exactly one."""
-        children = psutil.Process(self.process.pid).children()
-        [stage] = [child for child in children if "swarmd.node.serving.stage_main" in child.cmdline()]
+        [stage] = stages_of(self.process.pid)
         return stage
 
     def stop(self, number: int = signal.SIGTERM) -> None:

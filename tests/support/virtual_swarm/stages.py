@@ -28,6 +28,7 @@ from swarmd.node.serving.messages import (
 )
 from swarmd.node.serving.stage_child import Child
 from swarmd.node.serving.stage_host import StageHost
+from swarmd.node.serving.stage_starts import Started
 from swarmd.node.serving.steps import Limits, PlannedStep
 from swarmd.transport.link import LinkClosed, RemoteError
 
@@ -273,8 +274,11 @@ class VirtualHost(StageHost):
         self._children.append(child)
         self.world.check_memory(self)
         self._by_link[cast(Any, process)] = child
-        child.watcher = self.node.spawn(self._watch(child, ""))
+        child.watcher = self.node.spawn(self._watch(child, Started("", cast(Any, process), child.up)))
         await asyncio.sleep(self.world.rng.uniform(0.2, 0.6))
         if not child.up.done():
             child.up.set_result(cast(Any, process))
         return child
+
+    def _attach(self, child: Child, link: Any) -> None:
+        """Played processes do not beat."""
