@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from support.answers import Answer
 from support.fault_cases import (
+    CASES_PER_SWARM,
     CONTEXT,
     DECODE,
     EIGHT,
@@ -33,8 +34,10 @@ from support.soak import soak
 from support.solo import alone, expecting
 from support.stream_load import Load, Outcome, Question, compare
 from support.swarm import Node, join
+from support.unrelated import disturbances
 
 __all__ = [
+    "CASES_PER_SWARM",
     "CONTEXT",
     "DECODE",
     "EIGHT",
@@ -55,6 +58,7 @@ __all__ = [
     "alone",
     "compare",
     "connect",
+    "disturbances",
     "expecting",
     "file_oracle",
     "grow",

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from harness import (
+    CASES_PER_SWARM,
     CONTEXT,
     DECODE,
     EIGHT,
@@ -37,6 +38,7 @@ from harness import (
     Question,
     alone,
     compare,
+    disturbances,
     expecting,
     machines,
     restore,
@@ -73,24 +75,26 @@ class Matrix:
             yield lab
 
     def run(self, phase: Phase, faults: list[Fault]) -> None:
-        """One phase with all faults, in one swarm as long as that recovers."""
+        """One phase with all faults, each swarm as long as it recovers."""
         left = [fault for fault in faults if possible(fault)]
         while left:
             with self.swarm() as lab:
                 self._undisturbed(lab, phase)
-                while left:
-                    fault = left.pop(0)
+                of_this_swarm, left = left[:CASES_PER_SWARM], left[CASES_PER_SWARM:]
+                while of_this_swarm:
+                    fault = of_this_swarm.pop(0)
                     try:
                         self._case(lab, fault, phase)
                     except AssertionError as error:
                         self.wrong.append(f"{fault.name}, {phase.name}: {str(error)[:500]}")
+                        left = of_this_swarm + left
                         break
 
     def lost(self) -> tuple[float, float]:
         """(seconds until all of eight streams have their typed error when the memory is gone, seconds until there is
-        service again once it is back)."""
+        service again after two nodes were started anew)."""
         with self.swarm() as lab:
-            gone = lab.carriers()[1:]
+            gone = lab.carriers()
             entries = [lab.nodes["outside"]]
             with Load(entries, talk(200)) as load:
                 load.until_talking(6)
@@ -101,9 +105,17 @@ class Matrix:
                 told = time.monotonic() - struck
             self.wrong += [f"memory gone: {o}" for o in outcomes if not o.error]
             begin = time.monotonic()
-            lab.revive(gone[0].name)
+            lab.revive(*(node.name for node in gone[:2]))
             entries[0].until_ready(stages=2)
             return told, time.monotonic() - begin
+
+    def elsewhere(self) -> dict[str, float]:
+        """The longest times between tokens of eight streams of one model, by what befalls the nodes of another."""
+        found = {}
+        for what, outcomes in disturbances(self._root / "elsewhere", self._model):
+            self.wrong += [f"{what}: {line}" for line in compare(outcomes, self._expected)]
+            found[what] = max(outcome.gap for outcome in outcomes)
+        return found
 
     def _undisturbed(self, lab: FaultLab, phase: Phase) -> None:
         with Load(lab.running(), phase.questions(self._next())) as load:
@@ -175,10 +187,14 @@ def main() -> None:
             for phase in PHASES:
                 matrix.run(phase, chosen)
         told, again = matrix.lost()
+        elsewhere = matrix.elsewhere()
     print(matrix.table())
     print(
-        f"\nmemory gone: all 8 streams had typed errors after {told:.1f} s; served again {again:.1f} s after a return"
+        f"\nmemory gone: all 8 streams had typed errors after {told:.1f} s; served again {again:.1f} s after two starts"
     )
+    print("\nlongest times between tokens of eight streams of one model:")
+    for what, seconds in elsewhere.items():
+        print(f"{what}: {seconds:.2f} s")
     for line in matrix.over_the_bar():
         print(f"over {BAR_SECONDS:.0f} s: {line}")
     for line in matrix.wrong:

@@ -25,6 +25,8 @@ MEMORY = {"outside": "1MB", "first": "260MB", "second": "240MB", "third": "220MB
 HEIRS = ("second", "third", "last", "first", "outside")
 DISK = "192m"
 LEAVING_SECONDS = 60
+# Nodes that were struck time and again are avoided for ever longer; then it takes minutes until all carry again.
+CASES_PER_SWARM = 6
 
 
 def machines(model: Path, *, disk: bool) -> list[Machine]:

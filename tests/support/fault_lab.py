@@ -28,7 +28,7 @@ from support.network_faults import FaultyLan, why_no_network_faults
 from support.swarm import Node, give_model, join
 
 # Activations travel as f32, so that answers are equal to the last bit whatever the split.
-_OPTIONS = ("--threads", "1", "--split", "--wire-dtype", "f32", "--model", "none")
+_OPTIONS = ("--threads", "1", "--wire-dtype", "f32", "--model", "none")
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class FaultLab:
     """Machines of one swarm; the first one founds it. All have started when the context is entered.
 
     `ids` are the machines' names in the order of their node ids, by default their own order; ids come from `seed`.
+    `split`: models are spread over all machines, also where fewer suffice.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class FaultLab:
         ids: Sequence[str] = (),
         seed: int = 0,
         context: int = 1024,
+        split: bool = True,
         options: Sequence[str] = (),
     ) -> None:
         self.why_no_network = why_no_network_faults()
@@ -64,7 +66,7 @@ class FaultLab:
         self.machines = {machine.name: machine for machine in machines}
         self.retired: list[Node] = []
         self._root = root
-        self._options = (*_OPTIONS, "--context", str(context), *options)
+        self._options = (*_OPTIONS, *(["--split"] if split else []), "--context", str(context), *options)
         self._ids = tuple(ids or self.machines)
         self._seed = seed
         self._token = ""

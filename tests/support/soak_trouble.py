@@ -27,7 +27,7 @@ KINDS: dict[str, tuple[int, float, float]] = {
     "node unplugged": (2, 2, 7),
 }
 LOCAL = frozenset({"stage process killed", "stage process paused"})
-PAUSE_BETWEEN = (2.0, 8.0)
+PAUSE_BETWEEN = (6.0, 14.0)
 # Of so many troubles, one takes so many nodes that the rest does not suffice.
 DEEP_ONE_IN = 15
 # Until a node that was started anew carries again, at the latest.
