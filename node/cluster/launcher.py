@@ -26,6 +26,8 @@ log = logging.getLogger("swarmd.instances")
 SETTLE_SECONDS = 1.5
 RANK_SECONDS = 3.0
 RETRY_SECONDS = 15.0
+# When its owner is lost, nobody here knows the instance until an heir has it; others still go by the old claim.
+HEIR_SECONDS = 10.0
 DEFAULT_CONTEXT = 4096
 SMALLEST_CONTEXT = 1024
 
@@ -80,8 +82,10 @@ class Launcher:
     async def launch(self, name: str) -> InstanceRecord:
         """The instance of a model, started by this node if nobody serves it yet.
 
+        One that others know of and this node does not is waited for: it changes hands, or is out of reach.
         Raises ModelNameError, ModelFileError, ModelSourceError, OSError.
         """
+        await self._until_known(name)
         async with self._lock:
             found = self.find(name)
             if found is not None:
@@ -102,6 +106,11 @@ class Launcher:
             finally:
                 self._launching.discard(name)
                 self._announce()
+
+    async def _until_known(self, name: str) -> None:
+        deadline = time.monotonic() + HEIR_SECONDS
+        while self.find(name) is None and self.is_claimed(name) and (left := deadline - time.monotonic()) > 0:
+            await self._changed.wait(left)
 
     async def take_over(self) -> None:
         """Become the owner of what lost nodes owned and leaving ones hand over, where that falls to this node."""
