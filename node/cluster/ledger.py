@@ -222,7 +222,6 @@ class Ledger:
 
     def _look_around(self, instance_id: str, view: View, now: float) -> Surroundings:
         used = self._used_by_others(instance_id, view.nodes)
-        there = {node.id for node in view.nodes}
         return Surroundings(
             [
                 Capacity(
@@ -239,10 +238,7 @@ class Ledger:
             suspects=view.suspects,
             leaving=frozenset(node.id for node in view.nodes if node.leaving),
             avoided=self._trouble.avoided(now),
-            # Those that nobody here sees are part of no plan.
-            cut=frozenset(
-                frozenset((node.id, other)) for node in view.nodes for other in there & set(node.cut_off) - {node.id}
-            ),
+            cut=_cut_pairs(view.nodes),
         )
 
     def _used_by_others(self, instance_id: str, nodes: Sequence[NodeRecord]) -> Mapping[tuple[str, str], int]:
@@ -265,6 +261,16 @@ def instance_id_of(model: ModelSummary) -> str:
 def _is_left(node: NodeRecord, record: InstanceRecord) -> bool:
     """A node that leaves has brought its instance to others."""
     return record.state is InstanceState.READY and all(stage.node != node.id for stage in record.stages)
+
+
+def _cut_pairs(nodes: Sequence[NodeRecord]) -> frozenset[frozenset[str]]:
+    """The pairs of these nodes that cannot reach each other."""
+    there = {node.id for node in nodes}
+    # Where a network fell in two, all on one side say the same.
+    within = {told: [other for other in told if other in there] for told in {node.cut_off for node in nodes}}
+    return frozenset(
+        frozenset((node.id, other)) for node in nodes for other in within[node.cut_off] if other != node.id
+    )
 
 
 def _rank(claim: Claim) -> tuple[int, int, str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple
 
 from swarmd.discovery.records import MAX_CUT_OFF, NodeRecord
 
@@ -52,22 +51,18 @@ class MemberChange:
     heard_again: bool = False
 
 
-class _Sorted(NamedTuple):
-    """The members by what is thought of them."""
-
-    alive: dict[str, NodeRecord]
-    suspects: frozenset[str]
-    gone: list[Member]
-    cut_off: tuple[str, ...]
-
-
 class Membership:
     """The other nodes of the swarm. Every method returns the changes it caused."""
 
     def __init__(self) -> None:
         self._members: dict[str, Member] = {}
         self._links: dict[str, int] = {}
-        self._sorted: _Sorted | None = None
+        # Those of them that are counted on, and the others; made anew after a change, since they are asked for at every
+        # event of a swarm, of hundreds perhaps.
+        self._there: dict[str, NodeRecord] | None = None
+        self._gone: dict[str, Member] = {}
+        self._suspects: frozenset[str] | None = None
+        self._cut_off: tuple[str, ...] | None = None
 
     @property
     def members(self) -> dict[str, Member]:
@@ -76,19 +71,27 @@ class Membership:
 
     def alive(self) -> list[NodeRecord]:
         """The records of the nodes that are counted on, suspected ones included: they may yet answer."""
-        return list(self._by_state.alive.values())
+        if self._there is None:
+            self._there = {m.record.id: m.record for m in self._members.values() if m.state is not MemberState.GONE}
+        return list(self._there.values())
 
     def suspects(self) -> frozenset[str]:
         """The nodes that say nothing at present and may yet be heard."""
-        return self._by_state.suspects
+        if self._suspects is None:
+            self._suspects = frozenset(m.record.id for m in self._members.values() if m.state is MemberState.SUSPECT)
+        return self._suspects
 
     def gone(self) -> list[NodeRecord]:
         """The last records of the nodes that are gone and not forgotten yet."""
-        return [member.record for member in self._by_state.gone]
+        return [member.record for member in self._gone.values()]
 
     def cut_off(self) -> tuple[str, ...]:
         """The ids of those that are gone or suspected and did not say that they leave: others may still hear them."""
-        return self._by_state.cut_off
+        if self._cut_off is None:
+            silent = [*self._gone.values(), *(self._members[node_id] for node_id in self.suspects())]
+            lost = [(-member.since, member.record.id) for member in silent if not member.record.leaving]
+            self._cut_off = tuple(sorted(node_id for _, node_id in sorted(lost)[:MAX_CUT_OFF]))
+        return self._cut_off
 
     def get(self, node_id: str) -> Member | None:
         """One node, or None."""
@@ -133,15 +136,14 @@ class Membership:
         member = self._members.get(record.id)
         if member is None:
             self._members[record.id] = Member(record, MemberState.ALIVE, now, now)
-            self._sorted = None
+            self._there = None
             return [MemberChange(record.id, MemberState.ALIVE, joined=True)]
         newer = record.counter > member.record.counter or member.unlinked
         if newer:
             member.record, member.unlinked = record, False
-            if self._sorted is not None and record.id in self._sorted.alive:
-                self._sorted.alive[record.id] = record
-            else:
-                self._sorted = None
+            if self._there is not None and record.id in self._there:
+                self._there[record.id] = record
+            self._cut_off = None
         changes = self._revive(member, now)
         if newer and not changes and member.state is MemberState.ALIVE:
             changes = [MemberChange(record.id, member.state)]
@@ -177,32 +179,24 @@ class Membership:
         return [MemberChange(change.node_id, change.state, joined=was_gone, heard_again=True)]
 
     def _move(self, member: Member, state: MemberState, now: float) -> list[MemberChange]:
+        node_id, before = member.record.id, member.state
         member.state, member.since = state, now
-        self._sorted = None
-        return [MemberChange(member.record.id, state)]
+        self._suspects = self._cut_off = None
+        if state is MemberState.GONE:
+            self._gone[node_id] = member
+            if self._there is not None:
+                del self._there[node_id]
+        elif before is MemberState.GONE:
+            del self._gone[node_id]
+            self._there = None
+        return [MemberChange(node_id, state)]
 
     def _forget(self, now: float) -> None:
         # One that hangs and keeps its link will not send its record again when it wakes: it stays.
-        gone = [member for member in self._by_state.gone if member.record.id not in self._links]
+        gone = [member for member in self._gone.values() if member.record.id not in self._links]
         # Who owned an instance has heirs, who must know of it, however many others went at the same time.
         gone.sort(key=lambda member: (bool(member.record.instances), member.since), reverse=True)
         for rank, member in enumerate(gone):
             if rank >= MAX_GONE or now - member.since > FORGET_SECONDS:
-                del self._members[member.record.id]
-                self._sorted = None
-
-    @property
-    def _by_state(self) -> _Sorted:
-        """Sorted anew only after a change of states: it is asked for at every event of a swarm."""
-        if self._sorted is None:
-            members = self._members.values()
-            gone = [member for member in members if member.state is MemberState.GONE]
-            silent = [member for member in members if member.state is not MemberState.ALIVE]
-            lost = sorted((m for m in silent if not m.record.leaving), key=lambda m: m.since, reverse=True)
-            self._sorted = _Sorted(
-                {member.record.id: member.record for member in members if member.state is not MemberState.GONE},
-                frozenset(member.record.id for member in members if member.state is MemberState.SUSPECT),
-                gone,
-                tuple(sorted(member.record.id for member in lost[:MAX_CUT_OFF])),
-            )
-        return self._sorted
+                del self._members[member.record.id], self._gone[member.record.id]
+                self._cut_off = None

@@ -40,6 +40,7 @@ class World:
         self.clients: list[Client] = []
         self.ids = [hashlib.sha256(rng.randbytes(8)).hexdigest() for _ in range(n_nodes)]
         self.board = Board(self)
+        self._all: list[VirtualNode] = []
         self.devices = {node: _device(rng) for node in self.ids}
         self.models = [f"model-{index}" for index in range(n_models)]
         self._costs = {name: _costs(rng) for name in self.models}
@@ -111,6 +112,16 @@ class World:
                     return self.network.reach(entry.id, node.id) and self.network.reach(entry.id, record.stages[0].node)
         return False
 
+    def forget(self) -> None:
+        """Nobody looks at it any more: what its nodes know of each other is freed without a search for it."""
+        for node in self._all:
+            node.end()
+            node.links.clear()
+            node.membership._members.clear()
+            node.membership._gone.clear()
+        self._all.clear()
+        self.network.nodes.clear()
+
     # What is done to it
 
     def begin(self) -> None:
@@ -131,6 +142,7 @@ class World:
         self.board.forget(node_id)
         node = VirtualNode(self, node_id, self._disks[node_id], self._keeps[node_id])
         self.network.nodes[node_id] = node
+        self._all.append(node)
         return node
 
     def start_node(self, node_id: str) -> None:
