@@ -130,7 +130,8 @@ class Instances:
         self._ledger.on_gone(node, time.monotonic())
 
     def on_heard_again(self, node: str) -> None:
-        """A member was away for a moment, and may have started anew: ask for the stages that it should hold."""
+        """A member was away for a moment: ask for the stages that it should hold, end those that it should not."""
+        self._carry_out(self._ledger.on_heard_again(node))
         for instance_id, owned in self._ledger.owned.items():
             if owned.record.state is InstanceState.READY:
                 for index, stage in enumerate(owned.record.stages):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from swarmd.discovery.records import MAX_CLAIMS, Claim, InstanceRecord, InstanceState, ModelSummary, NodeRecord
-from swarmd.node.cluster.actions import Action
+from swarmd.node.cluster.actions import Action, StopStages
 from swarmd.node.cluster.claims import rank, successor, winner
 from swarmd.node.cluster.ownership import OwnedInstance
 from swarmd.node.cluster.planning import Surroundings
@@ -177,6 +177,18 @@ class Ledger:
     def on_gone(self, node: str, now: float) -> None:
         """A member went without a word."""
         self._trouble.on_crashed(node, now)
+
+    def on_heard_again(self, node: str) -> list[Ordered]:
+        """A member was away for a moment, and orders to end stages may have been lost with the link: they are repeated.
+
+        Those are stages of moves that were given up, and all where nothing serves for want of memory.
+        """
+        orders: list[Ordered] = []
+        for instance_id, owned in self._owned.items():
+            since = {InstanceState.READY: owned.epoch + 1, InstanceState.WAITING: 0}.get(owned.record.state)
+            if since is not None and owned.move is None and since <= owned.last_epoch:
+                orders.append(Ordered(instance_id, StopStages(owned.last_epoch, (node,), since=since)))
+        return orders
 
     def on_stage_lost(
         self,

@@ -36,7 +36,7 @@ LAST_MOVE_RETRY_SECONDS = 300.0
 
 
 class OwnedInstance:
-    """One instance, owned by this node. `record` is what its owner publishes."""
+    """One instance, owned by this node. `record` is what its owner publishes, `last_epoch` the highest ever planned."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class OwnedInstance:
         self._move: Move | None = None
         self._improvement = Improvement()
         self._remains: tuple[str, ...] = ()
-        self._last_epoch = epoch
+        self.last_epoch = epoch
         self._retry_seconds = FIRST_RETRY_SECONDS
         self._retry_at = -math.inf
         # Who was there, and who of them said nothing, at the latest attempt.
@@ -84,7 +84,7 @@ class OwnedInstance:
         """
         self.record = replace(running, term=running.term + 1, reason="")
         self._promises = tuple(p for p in self._promises if p.context <= running.model.context) or self._promises
-        self._last_epoch = running.epoch
+        self.last_epoch = running.epoch
         self._ready_at = now
         return [TakeStages(self.epoch, self.record.stages)]
 
@@ -171,7 +171,7 @@ class OwnedInstance:
         """The owner lets the instance go."""
         nodes = self._holders()
         self._remains = ()
-        return [StopStages(self._last_epoch, nodes)] if nodes else []
+        return [StopStages(self.last_epoch, nodes)] if nodes else []
 
     def building(self, epoch: int) -> BringUp | None:
         """The stages of an epoch that are on their way up, if they are."""
@@ -219,8 +219,8 @@ class OwnedInstance:
         return tuple(dict.fromkeys([*self._remains, *(stage.node for stage in self.record.stages), *coming]))
 
     def _next_build(self, made: Plan) -> BringUp:
-        self._last_epoch += 1
-        return BringUp(self._last_epoch, made)
+        self.last_epoch += 1
+        return BringUp(self.last_epoch, made)
 
     def _begin(self, build: BringUp, reason: str) -> list[Action]:
         """Put a plan in the place of the present one. Nodes that stay end their earlier stages themselves."""

@@ -205,3 +205,29 @@ def test_nothing_is_planned_again_while_nothing_changes(monkeypatch):
     assert len(planned) == 2, "one more has come"
     [order] = ledger.consider(View(there), 6 + GAIN_SECONDS)
     assert [stage.node for stage in order.action.plan.stages] == [C], "who lasts counts, though nothing changes"
+
+
+def test_a_member_that_was_away_is_told_again_to_end_the_stages_of_a_move_that_was_given_up():
+    """The order to end them may have been lost with the link, and they are of no epoch that is over."""
+    ledger = Ledger(A)
+    ledger.own(MODEL, COSTS, PROMISES)
+    view = View([node(A, 40), node(B, 30)])
+    ledger.consider(view, 0)
+    assert ledger.on_heard_again(B) == [], "it is being started"
+    owned = ledger.owned[INSTANCE]
+    for index in range(2):
+        owned.on_started(1, index, (Address("192.0.2.1", 7000),))
+    for index in range(2):
+        owned.on_wired(1, index, 0)
+    assert ledger.on_heard_again(B) == [], "there was no other epoch"
+    better = View([*view.nodes, node(C, 70)])
+    ledger.consider(better, 1)
+    [order] = ledger.consider(better, 1 + GAIN_SECONDS)
+    assert order.action.epoch == 2
+    assert ledger.on_heard_again(C) == [], "its stage is to take over"
+    ledger.on_stage_lost(INSTANCE, 2, "the link was lost", 5)
+    [order] = ledger.on_heard_again(C)
+    assert order.action == StopStages(2, (C,), since=2)
+    ledger.consider(View([node(A, 40)]), 6)
+    [order] = ledger.on_heard_again(B)
+    assert order.action == StopStages(2, (B,)), "nothing serves"

@@ -171,7 +171,6 @@ class VirtualNode(Watcher):
 
     def link_to(self, node: str) -> None:
         """Addresses of stage processes need no order here."""
-        return
 
     def _gather(self) -> NodeRecord:
         world = self.world
@@ -260,8 +259,6 @@ class VirtualNode(Watcher):
                 link, self.id, lambda: node.instances.on_report(self.id, report) if (node := there(owner)) else None
             )
 
-    # Membership
-
     def react(self, changes: Sequence[MemberChange]) -> None:
         """Changes of one moment are acted on together."""
         self._changes += changes
@@ -276,12 +273,13 @@ class VirtualNode(Watcher):
             return
         changes, self._changes = self._changes, []
         for change in changes:
+            if change.heard_again:
+                self.instances.on_heard_again(change.node_id)
             if change.state is MemberState.GONE:
                 member = self.membership.get(change.node_id)
                 if member is not None and not member.record.leaving:
                     self.instances.on_gone(change.node_id)
                 self.world.hang_up(self, change.node_id)
-        for change in changes:
             self._note_claims(change)
         self._reconsider()
         if any(self.shows(change) for change in changes):

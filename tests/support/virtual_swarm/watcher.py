@@ -108,10 +108,10 @@ class Watcher:
     # What of it could lead to anything
 
     def shows(self, change: MemberChange) -> bool:
-        """Whether this node's own record could tell of a change: of who is gone, or whom it follows."""
+        """Whether this node's own record could tell of a change: of who is silent, or whom it follows."""
         member = self.membership.get(change.node_id)
-        gone = member is None or member.state is MemberState.GONE
-        return gone or change.joined or change.node_id in self.world.board.owners
+        silent = member is None or member.state is not MemberState.ALIVE
+        return silent or change.joined or change.heard_again or change.node_id in self.world.board.owners
 
     def may_inherit(self, models: Collection[str]) -> bool:
         """Whether an owner is gone, or leaves, whose instances a node could inherit that holds these models."""
