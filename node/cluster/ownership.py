@@ -59,13 +59,12 @@ class OwnedInstance:
         self.last_epoch = epoch
         self._retry_seconds = FIRST_RETRY_SECONDS
         self._retry_at = -math.inf
-        # Who was there, and who of them said nothing, at the latest attempt.
+        self._served: Plan | None = None
         self._tried: tuple[frozenset[tuple[str, str]], frozenset[str]] | None = None
         self._ready_at = math.inf
         self._gain_since: float | None = None
-        self._busy_at = -math.inf
+        self._busy_at = self._move_at = -math.inf
         self._move_retry_seconds = FIRST_MOVE_RETRY_SECONDS
-        self._move_at = -math.inf
 
     @property
     def epoch(self) -> int:
@@ -142,7 +141,7 @@ class OwnedInstance:
             return []
         if self._move is not None and build is self._move.build:
             return self._go_over(now)
-        self._build, self._ready_at = None, now
+        self._served, self._build, self._ready_at = build.plan, None, now
         self.record = replace(self.record, state=InstanceState.READY, reason="")
         return []
 
@@ -202,7 +201,7 @@ class OwnedInstance:
         """Start over with who is there, or wait until they suffice."""
         self._tried = around.news
         try:
-            made = plan_anew(self._costs, self._promises, around, split=self.record.split)
+            made = plan_anew(self._costs, self._promises, around, split=self.record.split, served=self._served)
         except Undecided as error:
             self._wait(InstanceState.PLANNING, str(error))
             return []
@@ -285,7 +284,8 @@ class OwnedInstance:
         """The new stages serve; the old ones end."""
         move, old = self._move, self._stop_epoch()
         assert move is not None
-        self._move, self._build, self._gain_since, self._ready_at = None, None, None, now
+        self._move, self._build, self._served, self._gain_since = None, None, move.build.plan, None
+        self._ready_at = now
         self._move_retry_seconds = FIRST_MOVE_RETRY_SECONDS
         self.record = replace(self._with_plan(move.build), state=InstanceState.READY, reason="")
         return [old]

@@ -51,11 +51,21 @@ class Surroundings:
         return [capacity for capacity in self.capacities if capacity.node not in unwanted]
 
 
-def plan_anew(costs: ModelCosts, promises: Sequence[Promise], around: Surroundings, *, split: bool) -> Plan:
+def plan_anew(
+    costs: ModelCosts,
+    promises: Sequence[Promise],
+    around: Surroundings,
+    *,
+    split: bool,
+    served: Plan | None = None,
+) -> Plan:
     """A plan on nodes to rely on; on those that gave trouble only where it must be.
 
+    What has `served` is taken again if all of it can be relied on: its stages keep what they hold.
     Raises DoesNotFit, or Undecided if it would fit with nodes that are silent at present.
     """
+    if served is not None and _can_serve_again(served, around):
+        return served
     try:
         return plan_connected(
             costs,
@@ -139,6 +149,14 @@ class Improvement:
             self._better = improvement(record, costs, promises, around, split=record.split)
             self._record, self._around = record, around
         return self._better
+
+
+def _can_serve_again(served: Plan, around: Surroundings) -> bool:
+    usable = around.without(around.leaving, around.suspects, around.avoided)
+    room = {(capacity.node, capacity.device): capacity.memory for capacity in usable}
+    nodes = [stage.node for stage in served.stages]
+    neighbours = {frozenset(pair) for pair in zip(nodes, (*nodes[1:], nodes[0]), strict=True)}
+    return not neighbours & around.cut and all(s.bytes <= room.get((s.node, s.device), -1) for s in served.stages)
 
 
 def _faster(record: InstanceRecord, made: Plan, capacities: Sequence[Capacity]) -> str | None:

@@ -56,7 +56,7 @@ class Patience:
     recovery: float = 300.0
     loading: float = 90.0
     failing: float = 30.0
-    short: float = 1.5
+    short: float = 1.0
     nobody: float = 9.0
     unnoticed: float = 15.0
     silent: float = 2.0

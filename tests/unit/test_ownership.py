@@ -3,8 +3,6 @@
 # Which action it is, is what each test says.
 # pyright: reportAttributeAccessIssue=false
 
-import dataclasses
-
 import msgspec
 import pytest
 from msgspec.structs import replace
@@ -169,7 +167,7 @@ def test_who_is_found_missing_after_a_loss_is_planned_around_at_once():
     owned = ready()
     owned.on_stage_lost(1, "node a: b has said nothing for 2.0 s", 10)
     assert owned.consider(around(a=70, b=30), 10.1) == [], "perhaps it will turn out who"
-    silent = dataclasses.replace(around(a=70, b=30), suspects=frozenset({B}))
+    silent = around(a=70, b=30, suspects="b")
     assert owned.consider(silent, 10.1)[0] == StopStages(1, (B,))
     assert nodes(owned) == [A]
     owned.on_stage_lost(2, "node a: cannot be loaded", 10.1)
@@ -466,3 +464,20 @@ def lost_instance(*stage_nodes):
 )
 def test_the_lowest_stage_holder_takes_over_or_else_the_lowest_file_holder(stage_nodes, alive, holders, heir):
     assert successor(lost_instance(*stage_nodes), alive, holders) == heir
+
+
+def test_what_has_served_is_taken_again_while_all_of_it_can_be_relied_on():
+    owned = ready()
+    before = [(stage.node, stage.start, stage.end) for stage in owned.record.stages]
+    owned.on_stage_lost(1, "node b: crashed", 10)
+    more = around(a=40, b=30, c=200)
+    owned.consider(more, 11)
+    assert [(stage.node, stage.start, stage.end) for stage in owned.record.stages] == before, "its stages are kept"
+
+
+@pytest.mark.parametrize("trouble", [{"suspects": "b"}, {"avoided": "b"}, {"leaving": "b"}, {"cut": ["ab"]}, {"b": 20}])
+def test_it_is_not_taken_again_where_one_of_its_nodes_is_better_done_without(trouble):
+    owned = ready()
+    owned.on_stage_lost(1, "node b: crashed", 10)
+    owned.consider(around(**{"a": 40, "b": 30, "c": 200} | trouble), 11)
+    assert nodes(owned) == [C]
