@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,16 +46,27 @@ def kill_all(processes: Iterable[psutil.Process]) -> None:
 
 @contextmanager
 def stopped(processes: Iterable[psutil.Process]) -> Iterator[None]:
-    """SIGSTOP, and SIGCONT on leaving for those that are still there."""
+    """SIGSTOP, and SIGCONT on leaving for those that are still there. Inside, all stand still."""
     found = list(processes)
     for process in found:
         process.suspend()
+    for process in found:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            _until_still(process)
     try:
         yield
     finally:
         for process in found:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.resume()
+
+
+def _until_still(process: psutil.Process, seconds: float = 10) -> None:
+    """The signal works when the kernel next looks at each thread, on a busy machine not at once."""
+    deadline = time.monotonic() + seconds
+    while process.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
+        assert time.monotonic() < deadline, f"{process} does not stop"
+        time.sleep(0.001)
 
 
 def exhaust_memory(process: psutil.Process) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from support.answers import Answer
 from support.fault_cases import talk
 from support.fault_lab import FaultLab, Machine
-from support.soak_trouble import Troubles
+from support.soak_trouble import SETTLE_SECONDS, Troubles
 from support.soak_watch import Growth, Sample, sample, slope_per_minute
 from support.stream_load import Outcome, Question, ask, difference
 from support.swarm import Node
@@ -167,7 +167,8 @@ class _Clients:
             return "excluded: the entry node went", ""
         if outcome.error.startswith(_TURNED_AWAY) and "node left" in befell:
             return "turned away by a node that leaves", ""
-        if outcome.error and befell - {"node left"}:
+        # A node that was cut off needs a moment to find the others again.
+        if outcome.error and self._troubles.of(node, begin - SETTLE_SECONDS, end) - {"node left"}:
             return "typed error: the entry node was cut off or stood still", ""
         if outcome.error and self._troubles.too_few(end - max(outcome.silence, 1.0), end):
             return "typed error: the memory was gone", ""
