@@ -56,7 +56,11 @@ class StageStarts:
         spare, self._spare = self._spare, None
         if spare is not None:
             if not spare.up.done():
-                await asyncio.wait({spare.up}, timeout=SPARE_ARRIVAL_SECONDS)
+                try:
+                    await asyncio.wait({spare.up}, timeout=SPARE_ARRIVAL_SECONDS)
+                except asyncio.CancelledError:
+                    spare.process.kill()  # nobody else knows of it
+                    raise
             if self._is_well(spare):
                 return spare
             await self._end(spare)

@@ -116,6 +116,18 @@ async def test_one_that_does_not_present_itself_is_not_waited_for_long(
     assert stuck.returncode is not None
 
 
+async def test_a_start_that_is_given_up_while_it_waits_for_one_leaves_none_behind(node: SpareNode):
+    await node.start(1)
+    node.stages.mute = True
+    late = await node.spare()
+    start = asyncio.create_task(node.start(2))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    start.cancel()
+    await asyncio.wait({start})
+    assert late.returncode is not None
+
+
 async def test_it_is_told_whom_to_trust_like_the_others(node: SpareNode):
     first = await node.start(1)
     spare = await node.spare()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 TICK = 0.25
 
 
-class Watcher:
+class Watcher(ABC):
     """Who is there, as one node sees it. `quiet` are the members of whom no heartbeat comes at present."""
 
     def __init__(self, world: World, node_id: str) -> None:
@@ -40,9 +41,9 @@ class Watcher:
         for blind in world.board.blind.values():
             blind.add(node_id)
 
+    @abstractmethod
     def react(self, changes: Sequence[MemberChange]) -> None:
         """Do what follows from changes of the members."""
-        raise NotImplementedError
 
     def report(self, changes: Sequence[MemberChange]) -> None:
         """As the mesh: hang up on who is gone, and tell the daemon."""
