@@ -31,6 +31,14 @@ class StepsInFlight:
         """Whether there are as many."""
         return len(self._planned) >= self._meter.depth
 
+    @property
+    def doubtful(self) -> bool:
+        """Whether any is in flight that may fail because one before it did.
+
+        Whoever begins with what such a step computes may fail in turn, and the next one with it, for ever.
+        """
+        return bool(self._tainted)
+
     def share(self, decoding: int) -> int:
         """How many of so many sequences the next step decodes, 1 or more: all, evenly among the steps in flight.
 
@@ -71,5 +79,5 @@ class StepsInFlight:
             return None
         del self._sizes[step]
         tainted = step in self._tainted
-        self._tainted = set(self._planned)
+        self._tainted = {other for other in self._planned if other > step or other in self._tainted}
         return planned, tainted

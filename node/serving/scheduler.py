@@ -234,8 +234,8 @@ class Scheduler:
         return opened
 
     def _begin(self, sent_before: dict[int, int]) -> Opening | None:
-        """Let in who has waited longest, if there is room for it."""
-        if not self._waiting or len(self._running) >= self._limits.max_running:
+        """Let in who has waited longest, if there is room for it, and no prompt in doubt that it could begin with."""
+        if not self._waiting or self._in_flight.doubtful or len(self._running) >= self._limits.max_running:
             return None
         sequence = self._waiting[0]
         need = min(len(sequence.tokens) + self._limits.growth, self._limits.room)

@@ -186,6 +186,24 @@ def test_what_was_retained_of_a_step_that_failed_is_not_used_by_anybody():
     assert (step.free, step.open[0].source) == ((0,), -1)
 
 
+def test_nobody_begins_with_the_prompt_of_a_step_that_may_fail_for_another():
+    """Else each takes from the one before what fails with it, and so on for ever."""
+    scheduler = Scheduler(limits(n_stages=2, step_tokens=32))
+    alike = [sequence(seq, [*range(16), 20 + seq]) for seq in range(3)]
+    scheduler.submit(alike[0])
+    first = planned(scheduler)
+    scheduler.submit(alike[1])
+    second = planned(scheduler)
+    assert second.open[0].source == first.chunks[0].seq
+    scheduler.submit(alike[2])
+    scheduler.on_failed(first.step)
+    third = planned(scheduler)
+    assert (third.open, third.chunks) == ((), ()), "it only frees; the second step is waited for"
+    scheduler.on_failed(second.step)
+    served(scheduler, third)
+    assert planned(scheduler).open[0].source == -1
+
+
 class Run:
     """A scheduler and its pipeline, where steps with POISON fail; whatever can move next moves in any order."""
 
