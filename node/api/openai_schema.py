@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from swarmd.node.api.errors import ApiError
-from swarmd.node.engine.sampling_params import SamplingParams
+from swarmd.node.engine.sampling_params import MAX_SCHEMA, SamplingParams
 from swarmd.node.serving.generation import GenerationRequest
 
 T = TypeVar("T")
@@ -41,10 +41,26 @@ class StreamOptions(Struct, forbid_unknown_fields=True):
     include_obfuscation: bool = False
 
 
-class TextFormat(Struct, forbid_unknown_fields=True):
-    """`response_format`: plain text is the only one so far."""
+class TextFormat(Struct, forbid_unknown_fields=True, tag_field="type", tag="text"):
+    """`response_format`: anything."""
 
-    type: Literal["text"]
+
+class JsonFormat(Struct, forbid_unknown_fields=True, tag_field="type", tag="json_object"):
+    """`response_format`: a JSON object."""
+
+
+class NamedSchema(Struct, forbid_unknown_fields=True):
+    """A JSON schema. Answers are held to it whether `strict` or not."""
+
+    name: Annotated[str, Meta(pattern="^[a-zA-Z0-9_-]{1,64}$")]
+    schema: msgspec.Raw
+    strict: bool | None = None
+
+
+class SchemaFormat(Struct, forbid_unknown_fields=True, tag_field="type", tag="json_schema"):
+    """`response_format`: JSON after a schema."""
+
+    json_schema: NamedSchema
 
 
 class TextPart(Struct, forbid_unknown_fields=True):
@@ -106,7 +122,7 @@ class ChatRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True):
     max_completion_tokens: PositiveCount | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
-    response_format: TextFormat | None = None
+    response_format: TextFormat | JsonFormat | SchemaFormat | None = None
     modalities: list[Literal["text"]] | None = None
 
     def generation(self) -> GenerationRequest:
@@ -115,7 +131,7 @@ class ChatRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True):
             raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs", code="invalid_value")
         return GenerationRequest(
             model=self.model,
-            sampling=sampling(self, self.top_logprobs or 0),
+            sampling=sampling(self, self.top_logprobs or 0, _json_schema(self.response_format)),
             max_tokens=self.max_completion_tokens or self.max_tokens,
             stop=stop_strings(self.stop),
             messages=tuple(message.plain() for message in self.messages),
@@ -200,7 +216,7 @@ def _refusal(text: str) -> ApiError:
     return ApiError(400, f"{place}: {text}" if place else text, param=within or None, code="invalid_value")
 
 
-def sampling(request: SamplingFields, top_logprobs: int) -> SamplingParams:
+def sampling(request: SamplingFields, top_logprobs: int, json_schema: str = "") -> SamplingParams:
     """Sampling wishes with OpenAI's defaults; without a seed, one is drawn."""
     values: dict[str, Any] = {
         "temperature": request.temperature,
@@ -213,6 +229,7 @@ def sampling(request: SamplingFields, top_logprobs: int) -> SamplingParams:
         "logit_bias": _logit_bias(request.logit_bias) if request.logit_bias else None,
         "seed": request.seed if request.seed is not None else secrets.randbits(63),
         "top_logprobs": top_logprobs,
+        "json_schema": json_schema,
     }
     return SamplingParams(**{name: value for name, value in values.items() if value is not None})
 
@@ -222,6 +239,19 @@ def stop_strings(stop: Stop) -> tuple[str, ...]:
     if stop is None:
         return ()
     return (stop,) if isinstance(stop, str) else tuple(stop)
+
+
+def _json_schema(wanted: TextFormat | JsonFormat | SchemaFormat | None) -> str:
+    """As JSON, in the client's own order of keys, which is that of the answers; empty for none."""
+    if isinstance(wanted, JsonFormat):
+        return '{"type":"object"}'
+    if not isinstance(wanted, SchemaFormat):
+        return ""
+    schema = bytes(wanted.json_schema.schema).decode()
+    if len(schema) > MAX_SCHEMA:
+        message = f"response_format.json_schema.schema: more than {MAX_SCHEMA >> 10} KiB"
+        raise ApiError(400, message, param="response_format", code="invalid_value")
+    return schema
 
 
 def _logit_bias(given: dict[str, float]) -> dict[int, float]:

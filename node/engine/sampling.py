@@ -1,8 +1,8 @@
 """Choosing the next token from one row of logits.
 
-Order: repetition, presence and frequency penalties; logit bias; temperature; top-k; top-p; min-p; one draw by inverse
-CDF. (vLLM's and HF's order, where both agree.) The draw's uniform number is a function of (seed, position) alone, so a
-request gives the same tokens however it is batched, split over stages, replayed or speculated on.
+Order: repetition, presence and frequency penalties; logit bias; what a schema allows; temperature; top-k; top-p; min-p;
+one draw by inverse CDF. (vLLM's and HF's order, where both agree.) The draw's uniform number is a function of (seed,
+position) alone, so a request gives the same tokens however it is batched, split over stages, replayed or speculated on.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from swarmd.node.engine.sampling_params import SamplingParams
 from swarmd.node.engine.stage_compute import Logits, RowSummary
 
 Probabilities = np.ndarray[Any, np.dtype[np.float64]]
+Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
 GUESSED_NUCLEUS = 1024
 """top-p first looks at so many of the likeliest tokens, and at all only if those do not reach p."""
@@ -42,15 +43,19 @@ def choose(
     params: SamplingParams,
     history: Callable[[], Sequence[int]],
     position: int,
+    allowed: Mask | None = None,
 ) -> Choice:
     """The token for `position` of a sequence; logits are float32 [vocab], `summary` is theirs.
 
-    `history` gives the sequence's tokens so far; it is called only if a penalty asks for them. Raises ValueError when
-    the logits are not finite numbers.
+    `history` gives the sequence's tokens so far; it is called only if a penalty asks for them. Only `allowed` tokens
+    are chosen, bool [at most vocab], by default all. Raises ValueError when the logits are not finite numbers, or
+    nothing is allowed.
     """
     if not summary.finite:
         raise ValueError("the model's outputs are not finite numbers; its file is damaged or its values overflow")
     adjusted = _biased(penalized(logits, params, history), params)
+    if allowed is not None:
+        adjusted = _only(allowed, adjusted)
     if params.temperature > 0:
         token = draw(filtered(adjusted, params), uniform(params.seed, position))
     elif adjusted is logits:
@@ -135,6 +140,16 @@ def _biased(logits: Logits, params: SamplingParams) -> Logits:
     for token, bias in params.logit_bias.items():
         logits[token] += bias
     return logits
+
+
+def _only(allowed: Mask, logits: Logits) -> Logits:
+    """All other logits minus infinity; there may be more of them than tokens."""
+    count = min(len(allowed), len(logits))
+    if not allowed[:count].any():
+        raise ValueError("no token may follow under the answer's JSON schema")
+    left = np.full_like(logits, -np.inf)
+    np.copyto(left[:count], logits[:count], where=allowed[:count])
+    return left
 
 
 def _likeliest(probabilities: Probabilities, params: SamplingParams) -> tuple[Probabilities, np.ndarray]:

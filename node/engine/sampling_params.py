@@ -10,6 +10,9 @@ LogitBias = Annotated[
     dict[Annotated[int, Meta(ge=0, le=2**31)], Annotated[float, Meta(ge=-1000, le=1000)]], Meta(max_length=1024)
 ]
 
+MAX_SCHEMA = 64 << 10
+"""Characters of a JSON schema."""
+
 
 class SamplingParams(Struct, frozen=True, omit_defaults=True):
     """One request's sampling wishes. The API has checked them; the bounds here are for what members send.
@@ -18,6 +21,7 @@ class SamplingParams(Struct, frozen=True, omit_defaults=True):
     position decide the draw, so a request gives the same tokens however it is batched, split or replayed.
     `prompt_tokens` says how many of the sequence's tokens are prompt: the presence and frequency penalties (OpenAI's
     definition) count generated tokens only, the repetition penalty (Keskar et al. 2019, arXiv:1909.05858) counts all.
+    `json_schema`, if not empty, is a JSON schema as JSON that the generated tokens are held to.
     """
 
     temperature: Annotated[float, Meta(ge=0, le=100)] = 1.0
@@ -31,3 +35,4 @@ class SamplingParams(Struct, frozen=True, omit_defaults=True):
     logit_bias: LogitBias = {}
     top_logprobs: Annotated[int, Meta(ge=0, le=64)] = 0
     prompt_tokens: Annotated[int, Meta(ge=0, le=2**31)] = 0
+    json_schema: Annotated[str, Meta(max_length=MAX_SCHEMA)] = ""

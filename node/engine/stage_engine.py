@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from typing import Any, Protocol
-
-import msgspec
+from pathlib import Path
+from typing import Any
 
 from swarmd.node.engine import wire
 from swarmd.node.engine.computes import load_compute
-from swarmd.node.engine.sampling import choose
+from swarmd.node.engine.constraint import Constraints
+from swarmd.node.engine.sampler import Sampler, sampled_rows
 from swarmd.node.engine.sampling_params import SamplingParams
 from swarmd.node.engine.spare_memory import give_back
 from swarmd.node.engine.spec import ArchSpec
@@ -23,61 +23,29 @@ from swarmd.node.engine.stage_compute import (
     StageOutput,
     StepError,
 )
+from swarmd.node.engine.step import Sample, SequenceChunk, StepChunk, StepResult
 from swarmd.node.engine.weights import ReportProgress
 from swarmd.node.engine.wire import WireDtype
 from swarmd.node.models.checkpoint import open_checkpoint
+from swarmd.node.models.tokenizer import Tokenizer
 
 __all__ = ["KvExhausted", "Sample", "SequenceChunk", "StageEngine", "StepChunk", "StepError", "StepResult"]
 
 log = logging.getLogger("swarmd.engine")
 
 
-class StepChunk(Protocol):
-    """What a step needs to know of one sequence: `append(seq, start, tokens)`, and after how many of the last tokens
-    to sample.
-    """
-
-    @property
-    def seq(self) -> int: ...  # noqa: D102
-    @property
-    def start(self) -> int: ...  # noqa: D102
-    @property
-    def tokens(self) -> Sequence[int]: ...  # noqa: D102
-    @property
-    def sample(self) -> int: ...  # noqa: D102
-
-
-class SequenceChunk(msgspec.Struct, frozen=True):
-    """The plain `StepChunk`: consecutive tokens of one sequence, the first at position `start`."""
-
-    seq: int
-    start: int
-    tokens: tuple[int, ...]
-    sample: int = 0
-
-
-class Sample(msgspec.Struct, frozen=True):
-    """The token chosen for `position` of a sequence; see `sampling.Choice` for the rest."""
-
-    seq: int
-    position: int
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
-
-
-class StepResult(msgspec.Struct, frozen=True):
-    """`payload`: hidden states of all rows in `dtype`, None on the last stage; `samples`: on the last stage only."""
-
-    payload: memoryview | None
-    samples: tuple[Sample, ...]
-    dtype: WireDtype = "f32"
-
-
 class StageEngine:
     """Layers [start, end) of a model. Not thread-safe: one caller, steps in order."""
 
-    def __init__(self, spec: ArchSpec, start: int, end: int, compute: StageCompute, kv_tokens: int) -> None:
+    def __init__(
+        self,
+        spec: ArchSpec,
+        start: int,
+        end: int,
+        compute: StageCompute,
+        kv_tokens: int,
+        constraints: Constraints | None = None,
+    ) -> None:
         self.first = start == 0
         self.last = end == spec.n_layers
         self.weight_bytes = compute.weight_bytes
@@ -85,8 +53,7 @@ class StageEngine:
         self.kernels = compute.name
         self._spec = spec
         self._compute = compute
-        self._sampling: dict[int, SamplingParams] = {}
-        self._history: dict[int, list[int]] = {}
+        self._sampler = Sampler(spec.vocab_size, constraints if self.last else None)
 
     @classmethod
     def load(
@@ -132,34 +99,30 @@ class StageEngine:
             compute.weight_bytes,
             compute.name,
         )
-        return cls(spec, start, end, compute, kv_tokens)
+        return cls(spec, start, end, compute, kv_tokens, Constraints(lambda: Tokenizer.of_model(Path(path))))
 
     def open(self, seq: int, sampling: SamplingParams, source: int = -1, length: int = 0) -> None:
         """Begin a sequence: empty, or as a copy of the first `length` tokens of `source`.
 
-        Raises StepError when the id is taken, the source is unknown or shorter, or the sampling names an impossible
-        token.
+        Raises StepError when the id is taken, the source is unknown or shorter, or the sampling asks for what is
+        impossible with this model.
         """
-        outside = [token for token in sampling.logit_bias if not 0 <= token < self._spec.vocab_size]
-        if outside:
-            raise StepError(f"logit_bias names token {outside[0]}; the vocabulary has {self._spec.vocab_size}")
+        held_to = self._sampler.check(sampling)
         if source < 0:
             self._compute.open(seq)
         else:
             self._compute.fork(seq, source, length)
-        self._sampling[seq] = sampling
-        self._history[seq] = [] if source < 0 else self._history[source][:length]
+        self._sampler.open(seq, sampling, held_to, () if source < 0 else self._sampler.tokens(source)[:length])
 
     def reset(self) -> None:
         """Forget all sequences."""
-        for seq in list(self._sampling):
+        for seq in self._sampler.sequences:
             self.free(seq)
 
     @property
     def held(self) -> tuple[int, int]:
         """(sequences, tokens cached of them all); may be asked from any thread."""
-        histories = list(self._history.values())
-        return len(histories), sum(map(len, histories))
+        return self._sampler.held
 
     def length(self, seq: int) -> int:
         """Tokens cached. Raises StepError for an unknown sequence."""
@@ -168,13 +131,12 @@ class StageEngine:
     def truncate(self, seq: int, length: int) -> None:
         """Forget all tokens from position `length` on. Raises StepError if fewer are cached."""
         self._compute.truncate(seq, length)
-        del self._history[seq][length:]
+        self._sampler.truncate(seq, length)
 
     def free(self, seq: int) -> None:
         """Forget the sequence and release its memory; unknown ids are let be."""
         self._compute.free(seq)
-        self._sampling.pop(seq, None)
-        self._history.pop(seq, None)
+        self._sampler.free(seq)
 
     def step(
         self, chunks: Sequence[StepChunk], hidden: Any, dtype: WireDtype, out_dtype: WireDtype | None = None
@@ -196,16 +158,16 @@ class StageEngine:
         for span in spans:
             if span.start < self._compute.length(span.seq):
                 self.truncate(span.seq, span.start)
-        wanted = _sampled_rows(chunks) if self.last else []
+        wanted = sampled_rows(chunks) if self.last else []
         output, sent_as = self._forward(spans, hidden, dtype, out_dtype or dtype, wanted)
         try:
-            samples = self._samples(chunks, output) if wanted else ()
+            samples = self._sampler.sample(chunks, output) if wanted else ()
         except StepError:
             for span in spans:
                 self._compute.truncate(span.seq, span.start)
             raise
         for span in spans:
-            self._history[span.seq] += span.tokens
+            self._sampler.append(span.seq, span.tokens)
         return StepResult(output.payload, samples, sent_as)
 
     def _forward(
@@ -258,39 +220,3 @@ class StageEngine:
         given = 0 if hidden is None else memoryview(hidden).nbytes
         if given != expected:
             raise StepError(f"{given} bytes of hidden states came for {rows} tokens; {expected} are needed")
-
-    def _samples(self, chunks: Sequence[StepChunk], output: StageOutput) -> tuple[Sample, ...]:
-        samples: list[Sample] = []
-        row = 0
-        for chunk in chunks:
-            first = len(chunk.tokens) - chunk.sample
-            for index in range(first, len(chunk.tokens)):
-                sample = self._sample(chunk, index, output, row + index - first)
-                samples.append(sample)
-                if chunk.tokens[index + 1 : index + 2] != (sample.token,):
-                    break
-            row += chunk.sample
-        return tuple(samples)
-
-    def _sample(self, chunk: StepChunk, index: int, output: StageOutput, row: int) -> Sample:
-        """The token after the chunk's token `index`, whose logits are row `row` of the output."""
-        assert output.logits is not None
-        position = chunk.start + index + 1
-
-        def history() -> list[int]:
-            return [*self._history[chunk.seq], *chunk.tokens[: index + 1]]
-
-        try:
-            choice = choose(output.logits[row], output.summaries[row], self._sampling[chunk.seq], history, position)
-        except ValueError as error:
-            raise StepError(f"sequence {chunk.seq}: {error}") from error
-        return Sample(chunk.seq, position, choice.token, choice.logprob, choice.top)
-
-
-def _sampled_rows(chunks: Sequence[StepChunk]) -> list[int]:
-    rows: list[int] = []
-    end = 0
-    for chunk in chunks:
-        end += len(chunk.tokens)
-        rows += range(end - chunk.sample, end)
-    return rows

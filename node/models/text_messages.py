@@ -49,9 +49,20 @@ class Encoded(Struct, tag=True):
 
 
 class Refused(Struct, tag=True):
-    """The template cannot or will not have this conversation (a TemplateError's words)."""
+    """The template cannot or will not have this conversation, or the schema cannot be used; in words for the user."""
 
     message: str
 
 
-Answer = Opened | Damaged | Encoded | Refused
+class CheckSchema(Struct, tag=True):
+    """Whether answers can be held to this JSON schema (see `constraint`)."""
+
+    schema: str
+
+
+class Usable(Struct, tag=True):
+    """They can."""
+
+
+Question = Encode | CheckSchema
+Answer = Opened | Damaged | Encoded | Usable | Refused

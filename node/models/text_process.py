@@ -19,11 +19,14 @@ from swarmd.node.models.text_messages import (
     NO_MEMORY,
     PREFIX_BYTES,
     Answer,
+    CheckSchema,
     Damaged,
     Encode,
     Encoded,
     Opened,
+    Question,
     Refused,
+    Usable,
 )
 from swarmd.node.models.token_texts import TokenTexts
 
@@ -95,6 +98,13 @@ class ModelText:
         `encode_chat`."""
         return await self._encode(Encode(limit, text=text))
 
+    async def check_schema(self, schema: str) -> None:
+        """Raises TextError, in words for the user, unless answers can be held to this JSON schema; TooBusyError,
+        ModelFileError."""
+        answer = await self._queue(CheckSchema(schema))
+        if not isinstance(answer, Usable):
+            raise TextError(answer.message if isinstance(answer, Refused) else "the schema was not looked at")
+
     async def close(self) -> None:
         """End the process. Idempotent."""
         if self._idle is not None:
@@ -104,6 +114,14 @@ class ModelText:
             await _end(process)
 
     async def _encode(self, question: Encode) -> list[int]:
+        answer = await self._queue(question)
+        if isinstance(answer, Encoded):
+            if answer.count > question.limit:
+                raise TextTooLongError(answer.count)
+            return answer.tokens
+        raise TextError(answer.message if isinstance(answer, Refused) else "the tokenizer gave no tokens")
+
+    async def _queue(self, question: Question) -> Answer:
         if self._waiting >= MOST_WAITING:
             raise TooBusyError("too many prompts wait to be tokenized")
         # Whoever asked may leave; the answer still has to be read before the next question.
@@ -111,14 +129,9 @@ class ModelText:
         task = asyncio.create_task(self._ask(question))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        answer = await asyncio.shield(task)
-        if isinstance(answer, Encoded):
-            if answer.count > question.limit:
-                raise TextTooLongError(answer.count)
-            return answer.tokens
-        raise TextError(answer.message if isinstance(answer, Refused) else "the tokenizer gave no tokens")
+        return await asyncio.shield(task)
 
-    async def _ask(self, question: Encode) -> Answer:
+    async def _ask(self, question: Question) -> Answer:
         try:
             async with self._turn:
                 if self._process is None or self._process.returncode is not None:
@@ -128,7 +141,7 @@ class ModelText:
             self._waiting -= 1
             self._rest()
 
-    async def _exchange(self, question: Encode) -> Answer:
+    async def _exchange(self, question: Question) -> Answer:
         process = self._process
         assert process is not None
         assert process.stdin is not None
@@ -141,9 +154,10 @@ class ModelText:
                 return await _read(process)
         except (TimeoutError, EOFError, msgspec.DecodeError) as error:
             reason = await self._lost(process, error)
-            raise TextError(
-                f"the model's chat template or tokenizer {reason} with this request, and was ended"
-            ) from None
+            what = (
+                "checking the schema" if isinstance(question, CheckSchema) else "the model's chat template or tokenizer"
+            )
+            raise TextError(f"{what} {reason} with this request, and was ended") from None
 
     async def _start(self) -> Opened:
         process = self._process = await asyncio.create_subprocess_exec(

@@ -1,9 +1,9 @@
 """The process that runs what a model's text files bring along: the regular expressions of its tokenizer and the program
-that is its chat template.
+that is its chat template. Clients' JSON schemas are tried here too.
 
-Both come from strangers, and neither can be bounded in time from within: one match, or one call of a built-in, can take
-for ever, and holds Python's lock meanwhile. So they run here, and the kernel ends this process when it uses too much
-processor time or memory. It has no sockets and no secrets.
+All of it comes from strangers, and none can be bounded in time from within: one match, or one call of a built-in, can
+take for ever, and holds Python's lock meanwhile. So they run here, and the kernel ends this process when it uses too
+much processor time or memory. It has no sockets and no secrets.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ from swarmd.node.models.text_messages import (
     Encode,
     Encoded,
     Opened,
+    Question,
     Refused,
+    Usable,
 )
 
 MAX_MEMORY = 2 << 30
@@ -56,7 +58,7 @@ def serve(path: Path, questions: BinaryIO, answers: BinaryIO) -> None:
     del opened
     while (question := _read(questions)) is not None:
         _allow_seconds(ANSWER_SECONDS + len(question) // BYTES_PER_SECOND)
-        _say(answers, _answer(front, msgspec.msgpack.decode(question, type=Encode), longest))
+        _say(answers, _answer(front, msgspec.msgpack.decode(question, type=Question), longest))
 
 
 def _opened(front: ModelFront) -> Opened:
@@ -65,19 +67,33 @@ def _opened(front: ModelFront) -> Opened:
     return Opened(pieces, tokenizer.eos_ids, tokenizer.hidden, tokenizer.strip_space)
 
 
-def _answer(front: ModelFront, asked: Encode, longest: int) -> Answer:
-    encode: Callable[[str], list[int]] = front.encode_text
-    text = asked.text
+def _answer(front: ModelFront, asked: Question, longest: int) -> Answer:
     try:
-        if asked.messages is not None:
-            text, encode = front.render(asked.messages), front.encode_rendered
+        if isinstance(asked, Encode):
+            return _encoded(front, asked, longest)
+        _check(asked.schema)
     except ValueError as error:
         return Refused(str(error))
+    return Usable()
+
+
+def _encoded(front: ModelFront, asked: Encode, longest: int) -> Encoded:
+    """Raises ValueError in words for the user."""
+    encode: Callable[[str], list[int]] = front.encode_text
+    text = asked.text
+    if asked.messages is not None:
+        text, encode = front.render(asked.messages), front.encode_rendered
     # No token stands for more than `longest` bytes: what is hopelessly long need not be tokenized to be refused.
     least = math.ceil(len(text) / max(longest, 1))
     tokens = encode(text) if least <= asked.limit else []
     count = max(len(tokens), least)
     return Encoded(tokens if count <= asked.limit else [], count)
+
+
+def _check(schema: str) -> None:
+    from swarmd.node.engine.constraint import check_schema  # few processes are ever asked for it
+
+    check_schema(schema)
 
 
 def _allow_seconds(seconds: int) -> None:

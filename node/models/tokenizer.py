@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from swarmd.node.models.folder_tokenizer import folder_parts
+from swarmd.node.models.gguf import GGUFFile
 from swarmd.node.models.gguf_tokenizer import gguf_parts
 from swarmd.node.models.token_texts import TokenTexts
 from swarmd.node.models.tokenizer_parts import GUARD, TokenizerParts
@@ -48,6 +49,15 @@ class Tokenizer(TokenTexts):
         """Build from a folder in Hugging Face's form (see `folder_tokenizer`). Raises ModelFileError naming the file
         and what is unknown or damaged in it. Blocking."""
         return cls(folder_parts(folder))
+
+    @classmethod
+    def of_model(cls, path: Path) -> Tokenizer:
+        """Build from a GGUF file's header (its tensors need not be there; of a split model the first file) or from a
+        folder. Raises ModelFileError. Blocking."""
+        if path.is_dir():
+            return cls.from_folder(path)
+        with GGUFFile.open(path, sparse=True) as file:
+            return cls.from_gguf(file.metadata)
 
     def encode(self, text: str, *, add_special: bool, parse_special: bool = True) -> list[int]:
         """Token ids of `text`.

@@ -102,9 +102,13 @@ class Gateway:
         if self._find(request.model) is None:
             await self._start(request.model)
         record = await self._ready(request.model, READY_SECONDS)
+        param = "messages" if request.messages is not None else "prompt"
         try:
             front = await self._load_front(record)
             prompt = await _encode(front, request, record.model.context)
+            param = "response_format"
+            if request.sampling.json_schema:
+                await front.check_schema(request.sampling.json_schema)
         except TextTooLongError as error:
             raise _too_long(request, record, f"at least {error.count}") from error
         except TooBusyError as error:
@@ -112,7 +116,6 @@ class Gateway:
         except ModelFileError as error:
             raise GenerationError("model_loading", str(error), retry_after=5) from error
         except ValueError as error:
-            param = "messages" if request.messages is not None else "prompt"
             raise GenerationError("invalid_request", str(error), param=param) from error
         biased = request.sampling.logit_bias
         outside = [token for token in biased if not 0 <= token < front.tokenizer.vocab_size]

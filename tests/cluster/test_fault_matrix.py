@@ -5,6 +5,7 @@ Six clients talk and two wait for their first token when it happens. `bench/reco
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,6 +19,7 @@ from support.fault_cases import (
     FAULTS,
     HEIRS,
     MIXED,
+    SHIPS,
     STAGES,
     Fault,
     machines,
@@ -84,6 +86,7 @@ def test_every_stream_goes_on(
     outcomes = run_case(lab, fault, MIXED, number, silence=NOTHING_FOR)
     note_gaps(fault.name, outcomes)
     assert compare(outcomes, expected) == []
+    assert_json_where_asked_for(outcomes)
     assert_never_long_silent(outcomes)
     restore(lab)
     shelf.spoilt = False
@@ -99,3 +102,8 @@ def skip_what_cannot_be_done(lab: FaultLab, fault: Fault) -> None:
 def assert_never_long_silent(outcomes: Sequence[Outcome]) -> None:
     slow = [str(outcome) for outcome in outcomes if outcome.gap > LONGEST_GAP]
     assert not slow, slow
+
+
+def assert_json_where_asked_for(outcomes: Sequence[Outcome]) -> None:
+    texts = [o.answer.text for o in outcomes if o.answer and "response_format" in dict(o.question.options)]
+    assert [list(json.loads(text)) for text in texts] == [list(SHIPS["properties"])]

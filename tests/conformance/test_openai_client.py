@@ -8,6 +8,7 @@ import openai
 import pytest
 from openai import APIError, BadRequestError, NotFoundError, OpenAI
 from openai.types.chat import ChatCompletionMessageParam
+from pydantic import BaseModel, Field
 from support.answers import MODEL
 from support.fake_node import FakeNode, piece, serving
 from support.swarm import Node
@@ -17,6 +18,20 @@ from swarmd.node.serving.generation import GenerationError
 
 FRANCE: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What is the capital of France?"}]
 COUNT: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Count from one to ten in words."}]
+
+
+class Gull(BaseModel):
+    """What an answer is to be."""
+
+    name: str = Field(max_length=20)
+    age: int = Field(ge=1, le=40)
+
+
+GULL: dict[str, object] = Gull.model_json_schema()
+
+
+def schema_format(schema: dict[str, object]) -> dict[str, object]:
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +205,26 @@ def test_a_bias_bans_a_token_and_forces_one(client: OpenAI, smollm2_metadata: di
     assert ask({str(rome): 100}) == " Rome"
 
 
+def test_an_answer_is_parsed_into_the_clients_own_class(client: OpenAI):
+    wish: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Describe a gull as JSON: its name and age."}]
+    for seed in range(3):
+        answer = client.chat.completions.parse(model=MODEL, messages=wish, seed=seed, response_format=Gull)
+        [choice] = answer.choices
+        assert choice.finish_reason == "stop"
+        assert isinstance(choice.message.parsed, Gull)
+    seeded: dict[str, Any] = {"model": MODEL, "messages": wish, "seed": 1, "response_format": schema_format(GULL)}
+    whole = client.chat.completions.create(**seeded).choices[0].message.content
+    pieces = [chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**seeded, stream=True)]
+    assert "".join(pieces) == whole
+    assert Gull.model_validate_json(str(whole))
+
+
+def test_any_json_object(client: OpenAI):
+    wish: Any = {"response_format": {"type": "json_object"}, "stop": ["}"], "temperature": 0, "max_tokens": 60}
+    answer = client.chat.completions.create(model=MODEL, messages=FRANCE, **wish).choices[0]
+    assert (answer.message.content or "").startswith("{")
+
+
 @pytest.mark.parametrize(
     ("wish", "param"),
     [
@@ -198,7 +233,8 @@ def test_a_bias_bans_a_token_and_forces_one(client: OpenAI, smollm2_metadata: di
         ({"n": 2}, "n"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"extra_body": {"mood": "good"}}, "mood"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "yaml"}}, "response_format"),
+        ({"response_format": schema_format({"type": "object", "not": {}})}, "response_format"),
         ({"logit_bias": {"Paris": 5}}, "logit_bias"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": "word " * 2000}]}, "messages"),

@@ -19,6 +19,7 @@ from swarmd.node.api import key_guard
 from swarmd.node.api.errors import ApiError
 from swarmd.node.api.openai_schema import ChatRequest, CompletionRequest, parse
 from swarmd.node.api.swarm import InstanceRequest
+from swarmd.node.engine.sampling_params import MAX_SCHEMA
 
 CHAT: dict[str, Any] = {
     "model": MODEL,
@@ -48,7 +49,10 @@ CHAT: dict[str, Any] = {
     "max_completion_tokens": 7,
     "logprobs": True,
     "top_logprobs": 3,
-    "response_format": {"type": "text"},
+    "response_format": {
+        "type": "json_schema",
+        "json_schema": {"name": "n", "schema": {"type": "object"}, "strict": True},
+    },
     "modalities": ["text"],
 }
 _CHAT_ONLY = ("messages", "max_completion_tokens", "top_logprobs", "response_format", "modalities")
@@ -109,6 +113,7 @@ class HttpBodies(Target):
         assert 0 < wanted.sampling.top_p <= 1
         assert -(2**63) <= wanted.sampling.seed < 2**63
         assert len(wanted.sampling.logit_bias) <= 1024
+        assert len(wanted.sampling.json_schema) <= MAX_SCHEMA
         assert len(wanted.stop) <= 8
         assert wanted.max_tokens is None or wanted.max_tokens > 0
         assert wanted.messages is None or 1 <= len(wanted.messages) <= 4096

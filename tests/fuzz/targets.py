@@ -8,6 +8,7 @@ from fuzz.engine import Target
 from fuzz.http_targets import HttpBodies, HttpBytes
 from fuzz.link_targets import Frames, Links, Messages
 from fuzz.model_targets import Configs, Folders, Gguf, GgufTokenizers, Safetensors, SentencePiece
+from fuzz.schema_targets import Schemas
 
 TARGETS: dict[str, type[Target]] = {
     kind.name: kind
@@ -24,6 +25,7 @@ TARGETS: dict[str, type[Target]] = {
         SentencePiece,
         HttpBodies,
         HttpBytes,
+        Schemas,
         Mdns,
         Typed,
     )

@@ -139,20 +139,37 @@ TALE = "Once upon a time there was a lighthouse keeper who wrote down every ship
 _TOPICS = ("a whale", "the tide", "an old map", "a storm in May", "two gulls", "a lost anchor", "fog", "the last lamp")
 
 
+SHIPS = {
+    "type": "object",
+    "properties": {
+        "title": {"type": "string", "minLength": 20, "maxLength": 60},
+        "ships": {
+            "type": "array",
+            "items": {"type": "integer", "minimum": 10, "maximum": 99},
+            "minItems": 3,
+            "maxItems": 4,
+        },
+    },
+    "required": ["title", "ships"],
+    "additionalProperties": False,
+}
+HELD_TO_JSON = {"type": "json_schema", "json_schema": {"name": "ships", "schema": SHIPS}}
+
+
 def talk(tokens: int = 40) -> list[Question]:
-    """Eight short questions, with greedy and seeded draws, penalties, logprobs and stop strings."""
+    """Eight short questions, with greedy and seeded draws, penalties, logprobs, stop strings and a JSON schema."""
     ways = (
         {},
         {"temperature": 0.9, "seed": 7},
         {"temperature": 1.1, "seed": 8, "top_p": 0.9, "presence_penalty": 0.8, "frequency_penalty": 0.5},
-        {"top_logprobs": 3},
+        {"temperature": 0.9, "seed": 11, "top_logprobs": 3, "response_format": HELD_TO_JSON, "max_tokens": 90},
         {"temperature": 0.8, "seed": 9, "top_k": 40, "repetition_penalty": 1.2},
         {"stop": [" is"]},
         {"temperature": 0.7, "seed": 10, "min_p": 0.05, "stop": ["\n\n", " never"]},
         {"repetition_penalty": 1.3},
     )
     prompts = (f"Tell me a long story about {topic}." for topic in _TOPICS)
-    return [Question.of(prompt, max_tokens=tokens, **way) for prompt, way in zip(prompts, ways, strict=True)]
+    return [Question.of(prompt, **{"max_tokens": tokens, **way}) for prompt, way in zip(prompts, ways, strict=True)]
 
 
 def long_prompt(number: int, tokens: int = 12) -> Question:

@@ -21,6 +21,7 @@ from aiohttp import web
 from swarmd.node.api import openai, pages, swarm
 from swarmd.node.api.openai_schema import ChatRequest, parse
 from swarmd.node.cli.app import app
+from swarmd.node.engine.constraint import check_schema
 from swarmd.node.options import OPTIONS, environment_name, flag_name
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -195,15 +196,19 @@ def test_readme_names_the_two_commands() -> None:
     assert ["make", "test"] in shown
 
 
-def test_readme_curl_is_a_request_that_the_endpoint_takes() -> None:
-    [words] = [words for words in commands_of(README) if words[0] == "curl"]
-    asked = parse(words[words.index("-d") + 1].encode(), ChatRequest)
-    assert asked.model in text_of(ROOT / "node" / "options.py")
+def test_readme_curls_are_requests_that_the_endpoint_takes() -> None:
+    curls = [words for words in commands_of(README) if words[0] == "curl"]
+    assert curls
+    for words in curls:
+        asked = parse(words[words.index("-d") + 1].encode(), ChatRequest)
+        assert asked.model in text_of(ROOT / "node" / "options.py")
+        if schema := asked.generation().sampling.json_schema:
+            check_schema(schema)
     application = web.Application()
     for part in (openai, swarm, pages):
         part.add_routes(application)
     routes = {(route.method, route.resource.canonical) for route in application.router.routes() if route.resource}
-    assert ("POST", urlsplit(words[1]).path) in routes
+    assert {("POST", urlsplit(words[1]).path) for words in curls} <= routes
 
 
 def test_readme_options_are_described_where_all_are() -> None:

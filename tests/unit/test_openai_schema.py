@@ -24,6 +24,10 @@ def text(**fields: Any) -> GenerationRequest:
     return parse(json.dumps({"model": "m", "prompt": "once"} | fields).encode(), CompletionRequest).generation()
 
 
+def schema_format(schema: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema} | more}
+
+
 def refused(request: Any, **fields: Any) -> ApiError:
     with pytest.raises(ApiError) as caught:
         request(**fields)
@@ -132,6 +136,15 @@ def test_a_value_that_cannot_be_honoured_is_refused_by_name(field: str, value: o
         assert error.code
 
 
+def test_a_format_becomes_a_schema_whose_keys_keep_their_order():
+    schema = {"type": "object", "properties": {"z": {"type": "null"}, "a": {"const": "\u00e9"}}}
+    assert json.loads(chat(response_format=schema_format(schema, strict=True)).sampling.json_schema) == schema
+    text = chat(response_format=schema_format(schema)).sampling.json_schema
+    assert text.index('"z"') < text.index('"a"')
+    assert json.loads(chat(response_format={"type": "json_object"}).sampling.json_schema) == {"type": "object"}
+    assert chat(response_format={"type": "text"}).sampling.json_schema == chat().sampling.json_schema == ""
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -143,7 +156,13 @@ def test_a_value_that_cannot_be_honoured_is_refused_by_name(field: str, value: o
         ({"messages": [*MESSAGES, {"role": "user", "content": "hi", "mood": "good"}]}, "messages"),
         ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
         ({"top_logprobs": 2}, "top_logprobs"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "yaml"}}, "response_format"),
+        ({"response_format": {"type": "json_object", "schema": {}}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "n"}}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a b", "schema": {}}}}, "response_format"),
+        ({"response_format": schema_format({"description": "x" * 65536})}, "response_format"),
+        ({"response_format": schema_format({}, description="what it is for")}, "response_format"),
         ({"modalities": ["audio"]}, "modalities"),
     ],
 )

@@ -180,3 +180,18 @@ def test_draw_at_the_edges() -> None:
     assert draw(probabilities, 0.2499999) == 1
     assert draw(probabilities, 0.25) == 3
     assert draw(probabilities, 1 - 2**-53) == 3
+
+
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(temperature=0.7, top_k=2), SamplingParams(top_p=0.5)])
+def test_only_allowed_tokens_are_chosen_with_the_models_own_log_probability(params: SamplingParams) -> None:
+    logits = random_row(3, 40)
+    allowed = np.zeros(32, np.bool_)  # fewer ids than logits: models pad their vocabularies
+    likeliest, other = np.argsort(-logits[:32])[[20, 30]]
+    allowed[[likeliest, other]] = True
+    for position in range(50):
+        choice = choose_with_summary(logits, summarize(logits), params, list, position, allowed)
+        assert choice.token in (likeliest, other)
+        assert choice.logprob == pytest.approx(float(logits[choice.token]) - math.log(np.exp(logits).sum()), abs=1e-5)
+        assert params is not GREEDY or choice.token == likeliest
+    with pytest.raises(ValueError, match="no token"):
+        choose_with_summary(logits, summarize(logits), params, list, 0, np.zeros(32, np.bool_))

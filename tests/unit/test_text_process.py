@@ -97,6 +97,14 @@ async def test_a_template_made_to_be_slow_is_ended_while_other_models_answer(bac
         assert await slow.encode_chat(ASK, LIMIT), "the next request has a process again"
 
 
+async def test_a_schema_is_checked_and_refused_in_words(backend: Any, tmp_path: Path):
+    async with opened(write_folder(tmp_path / "model", backend, **CONFIG)) as text:
+        await text.check_schema('{"type": "object"}')
+        with pytest.raises(TextError, match="objec"):
+            await text.check_schema('{"type": "objec"}')
+        await text.check_schema('{"type": "object"}')
+
+
 async def test_an_expression_that_backtracks_is_ended(backend: Any, tmp_path: Path):
     evil = write_folder(tmp_path / "evil", backend, **CONFIG)
 

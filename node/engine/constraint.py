@@ -1,0 +1,152 @@
+"""Answers held to a JSON schema: which tokens may come next.
+
+The decision is llguidance's (https://github.com/guidance-ai/llguidance). It is a function of the schema and of the
+tokens generated so far alone, so an answer that is batched, drafted, replayed or moved goes on under the same
+constraint. Between JSON's parts may stand a space, or a new line and what it is indented by, as in llama.cpp
+(`common/json-schema-to-grammar.cpp`): a small model that may write more of them never stops.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from itertools import takewhile
+
+import llguidance
+import numpy as np
+
+from swarmd.node.engine.sampling import Mask
+from swarmd.node.models.token_texts import TokenTexts
+
+WHITE_SPACE = r"( |\n( {0,20}|\t{0,8}))"
+LIMITS = llguidance.LLParserLimits(max_lexer_states=25_000, verbose_errors=False)
+"""By llguidance's documentation, its own bounds keep a step below some 20 ms, and this one keeps the states of a
+sequence below 50 MB."""
+
+_LONGEST_INTEGER = 17
+
+
+def check_schema(schema: str) -> None:
+    """Raises ValueError, in words for the user, when answers cannot be held to this JSON schema (an object as JSON):
+    it is none, or a keyword in it is not supported, or it is too large."""
+    grammar = _grammar(schema)
+    try:
+        error = llguidance.LLMatcher.validate_grammar(grammar, limits=LIMITS)
+    except BaseException as panic:
+        # Of the library's Rust code, which is no Exception: 1.9 panics over some values that it would refuse.
+        if type(panic).__name__ != "PanicException":
+            raise
+        error = "the schema is not understood"
+    if error:
+        raise ValueError(" ".join(error.split())[:300])
+
+
+class Constraints:
+    """Makes the constraints of one model's sequences. `read_texts` is called once, when the first is made, and may
+    raise ModelFileError; that takes some tenths of a second."""
+
+    def __init__(self, read_texts: Callable[[], TokenTexts]) -> None:
+        self._read_texts = read_texts
+        self._tokens: llguidance.LLTokenizer | None = None
+
+    def constraint(self, schema: str) -> Constraint:
+        """For one sequence. Raises ValueError when the schema is not one that `check_schema` lets through."""
+        if self._tokens is None:
+            texts = self._read_texts()
+            if not texts.eos_ids:
+                raise ValueError("the model has no token that ends an answer, so none can be held to a JSON schema")
+            self._tokens = _tokens(texts)
+        return Constraint(self._tokens, _grammar(schema))
+
+
+class Constraint:
+    """Which tokens may follow in one sequence."""
+
+    def __init__(self, tokens: llguidance.LLTokenizer, grammar: str) -> None:
+        self._ends = frozenset(tokens.eos_tokens)
+        self._vocab_size = tokens.vocab_size
+        self._begin = lambda: llguidance.LLMatcher(tokens, grammar, log_level=0, limits=LIMITS)
+        self._matcher = self._begin()
+        self._consumed: list[int] = []
+        self._check()
+
+    def allowed(self, generated: Sequence[int]) -> Mask:
+        """bool [ids of the vocabulary]: what may follow these tokens. They may be those of the last call and more, or
+        fewer, or others. After a complete answer only the tokens that end a generation are left.
+
+        Raises ValueError when they do not fit the schema, or it is too complex to go on with.
+        """
+        if not self._ends.isdisjoint(generated):
+            mask = np.zeros(self._vocab_size, np.bool_)
+            mask[list(self._ends)] = True
+            return mask
+        self._go_to(list(generated))
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self._check()
+        return np.unpackbits(bits, bitorder="little", count=self._vocab_size).astype(np.bool_)
+
+    def _go_to(self, generated: list[int]) -> None:
+        old = self._consumed
+        common = len(old)
+        if generated[:common] != old:
+            common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(old, generated, strict=False)))
+        if common < len(old) and not self._matcher.rollback(len(old) - common):
+            self._matcher, common = self._begin(), 0
+        self._consumed = generated
+        self._matcher.consume_tokens(generated[common:])
+        self._check()
+
+    def _check(self) -> None:
+        """Raises ValueError when the matcher has failed, which it would never get over; the next call begins anew."""
+        if self._matcher.is_error():
+            why = self._matcher.get_error()
+            self._matcher, self._consumed = self._begin(), []
+            raise ValueError(f"the answer cannot go on under its JSON schema: {' '.join(why.split())[:300]}")
+
+
+def _grammar(schema: str) -> str:
+    """Raises ValueError for what is no schema, and for what the library's own code does not survive."""
+    try:
+        json.loads(schema, parse_int=_exact)
+        return llguidance.LLMatcher.grammar_from_json_schema(
+            schema, overrides={"whitespace_pattern": WHITE_SPACE, "lenient": False}
+        )
+    except RecursionError:
+        raise ValueError("the JSON schema is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"not a JSON schema that is an object: {str(error)[:300]}") from None
+
+
+def _exact(digits: str) -> int:
+    """llguidance 1.9 overruns its stack on integers near -2**63."""
+    if len(digits) > _LONGEST_INTEGER or abs(int(digits)) >= 1 << 53:
+        raise ValueError(f"the integer {digits[:40]} is not one that all JSON software agrees on (RFC 8259, section 6)")
+    return int(digits)
+
+
+def _tokens(texts: TokenTexts) -> llguidance.LLTokenizer:
+    spelled = _Spelled(texts)
+    tokens = llguidance.LLTokenizer(
+        llguidance.TokenizerWrapper(spelled),
+        eos_token=sorted(texts.eos_ids),
+        slices=llguidance.LLTokenizer.json_slices(),
+    )
+    spelled.tokenize = tokens.greedy_tokenize
+    return tokens
+
+
+class _Spelled:
+    """A tokenizer as llguidance wants it. Where a schema leaves one text only, the tokens of that text are forced: the
+    longest that fit. The model's own would cut words by its file's regular expressions, which do not run here (see
+    `text_worker`).
+    """
+
+    def __init__(self, texts: TokenTexts) -> None:
+        self.tokens = [texts.token_bytes(token) for token in range(texts.vocab_size)]
+        self.special_token_ids = sorted(texts.hidden | texts.eos_ids)
+        self.eos_token_id = min(texts.eos_ids)
+        self.bos_token_id = None
+        self.tokenize: Callable[[str], list[int]] = lambda text: []
+
+    def __call__(self, text: bytes) -> list[int]:
+        return self.tokenize(text.decode("utf-8", "replace"))
