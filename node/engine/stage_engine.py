@@ -59,7 +59,7 @@ class StageEngine:
     def load(
         cls,
         path: str | os.PathLike[str],
-        spec: ArchSpec,
+        spec: ArchSpec | None,
         start: int,
         end: int,
         *,
@@ -71,7 +71,8 @@ class StageEngine:
         kernels: Kernels = "auto",
         progress: ReportProgress | None = None,
     ) -> StageEngine:
-        """Load a stage of the model at `path` (`sparse`: of which only this stage's tensors need be there).
+        """Load a stage of the model at `path` (`sparse`: of which only this stage's tensors need be there). `spec` is
+        the model's if it was read already.
 
         `kv_tokens` is the capacity over all sequences, each counted in whole blocks of 16; `context` the longest of
         them, by default the model's. `device` is "cpu", and `kernels` what computes there: "native" are our own,
@@ -80,6 +81,7 @@ class StageEngine:
         where they are not.
         """
         with open_checkpoint(path, sparse=sparse) as checkpoint:
+            spec = spec or checkpoint.spec
             compute = load_compute(
                 checkpoint,
                 start,

@@ -34,10 +34,9 @@ def load_stage(job: LoadEngine, report: ReportBytes) -> StageEngine:
     from swarmd.node.engine.stage_engine import StageEngine
 
     show_as("swarmd stage")
-    path = Path(job.model_path)
     return StageEngine.load(
-        path,
-        _spec(path, sparse=job.sparse),
+        job.model_path,
+        None,
         job.start,
         job.end,
         threads=job.threads,
