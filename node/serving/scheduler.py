@@ -2,7 +2,7 @@
 
 So many steps are in flight that every stage has work (`depth`); each takes its share of the sequences that decode,
 with drafts where they pay, and then a chunk of prefill, of a size that does not hold up who is talking. A prompt begins
-with what somebody before it has computed of it.
+with what somebody before it has computed of it; answers that go on after a loss come before new prompts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from swarmd.node.serving.drafting import Ask, Drafter
 from swarmd.node.serving.in_flight import StepsInFlight
 from swarmd.node.serving.kv_room import KvRoom
 from swarmd.node.serving.messages import Chunk, Opening, StepTimes
-from swarmd.node.serving.sequences import Phase, Sequence, accept
+from swarmd.node.serving.sequences import Phase, Sequence, accept, queue_up
 from swarmd.node.serving.steps import Choices, Limits, PlannedStep, Progress, QueueFull, answered
 from swarmd.node.serving.suspects import Failure, Suspects, Verdict
 
@@ -74,7 +74,7 @@ class Scheduler:
         self._limits.require_room(len(sequence.tokens), sequence.max_tokens)
         if len(self._waiting) >= self._limits.max_waiting:
             raise QueueFull
-        self._waiting.append(sequence)
+        queue_up(self._waiting, sequence)
 
     def cancel(self, sequence: Sequence) -> None:
         """End a sequence; what the stages have cached of it is retained, or freed by the next step."""
@@ -202,7 +202,7 @@ class Scheduler:
         return self._drafter.propose(sequence.seq, sequence.tokens, limit)[:limit] if limit > 0 else []
 
     def _prefill(self, chunks: list[Chunk], *, alone: bool = False) -> list[Opening]:
-        """Add a step's prefill to its chunks, in the order in which the prompts came; returns what it opens.
+        """Add a step's prefill to its chunks, in the order in which the prompts wait; returns what it opens.
 
         Nobody new is let in while there are suspects, but the one whose turn it is, `alone`.
         """

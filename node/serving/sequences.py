@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -39,6 +40,20 @@ class Sequence:
     kv_reserved: int = 0
     # A sequence that was put back runs again under a new id, so that late samples of the old one are told apart.
     pipeline_id: int = -1
+
+    @property
+    def untouched(self) -> bool:
+        """Whether it has never run, here or in the pipeline of an earlier epoch: nobody listens to it yet."""
+        return self.pipeline_id < 0 and len(self.tokens) <= self.sampling.prompt_tokens
+
+
+def queue_up(line: deque[Sequence], sequence: Sequence) -> None:
+    """Take a sequence into a line of those who wait: an answer that goes on after a loss, before the untouched ones."""
+    place = len(line)
+    if not sequence.untouched:
+        while place and line[place - 1].untouched:
+            place -= 1
+    line.insert(place, sequence)
 
 
 def accept(sequence: Sequence, choices: Choices, room: int) -> tuple[list[Progress], bool]:

@@ -122,6 +122,29 @@ def test_sequences_are_prefilled_in_the_order_in_which_they_came():
     assert (3, 3, 1, 1) in shape(planned(scheduler))
 
 
+def test_answers_that_go_on_come_before_new_prompts_and_after_who_was_put_back():
+    """As they are after a loss: all come at once, and of those some had been talking."""
+
+    def after_a_loss(seq: int, generated: int) -> Sequence:
+        return Sequence(seq, list(range(6 + generated)), SamplingParams(prompt_tokens=6), 20, frozenset())
+
+    scheduler = Scheduler(limits(max_running=1, step_tokens=32))
+    begun = after_a_loss(0, 0)
+    scheduler.submit(begun)
+    first = planned(scheduler)
+    for seq, generated in ((1, 0), (2, 3), (3, 0), (4, 1)):
+        scheduler.submit(after_a_loss(seq, generated))
+    scheduler.on_failed(first.step)
+    order = []
+    while scheduler.waiting:
+        step = planned(scheduler)
+        running = scheduler._running[0]
+        order.append(running.seq)
+        served(scheduler, step)
+        scheduler.cancel(running)
+    assert order == [0, 2, 4, 1, 3]
+
+
 def test_nobody_is_let_in_before_there_is_kv_room_for_its_prompt_and_some_more():
     scheduler = Scheduler(limits(kv_tokens=30))
     scheduler.submit(sequence(range(15), seq=0))
