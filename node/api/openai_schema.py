@@ -50,10 +50,12 @@ class JsonFormat(Struct, forbid_unknown_fields=True, tag_field="type", tag="json
 
 
 class NamedSchema(Struct, forbid_unknown_fields=True):
-    """A JSON schema. Answers are held to it whether `strict` or not."""
+    """A JSON schema. Answers are held to it whether `strict` or not. `name` and `description` are for models that are
+    shown them, which none is here."""
 
     name: Annotated[str, Meta(pattern="^[a-zA-Z0-9_-]{1,64}$")]
     schema: msgspec.Raw
+    description: str | None = None
     strict: bool | None = None
 
 
@@ -247,11 +249,15 @@ def _json_schema(wanted: TextFormat | JsonFormat | SchemaFormat | None) -> str:
         return '{"type":"object"}'
     if not isinstance(wanted, SchemaFormat):
         return ""
-    schema = bytes(wanted.json_schema.schema).decode()
-    if len(schema) > MAX_SCHEMA:
-        message = f"response_format.json_schema.schema: more than {MAX_SCHEMA >> 10} KiB"
-        raise ApiError(400, message, param="response_format", code="invalid_value")
-    return schema
+    schema = bytes(wanted.json_schema.schema)
+    try:
+        if len(schema) <= MAX_SCHEMA:
+            return schema.decode()
+        message = f"more than {MAX_SCHEMA >> 10} KiB"
+    except UnicodeDecodeError as error:
+        message = str(error)
+    message = f"response_format.json_schema.schema: {message}"
+    raise ApiError(400, message, param="response_format", code="invalid_value")
 
 
 def _logit_bias(given: dict[str, float]) -> dict[int, float]:

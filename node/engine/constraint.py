@@ -1,15 +1,16 @@
 """Answers held to a JSON schema: which tokens may come next.
 
-The decision is llguidance's (https://github.com/guidance-ai/llguidance). It is a function of the schema and of the
-tokens generated so far alone, so an answer that is batched, drafted, replayed or moved goes on under the same
-constraint. Between JSON's parts may stand a space, or a new line and what it is indented by, as in llama.cpp
-(`common/json-schema-to-grammar.cpp`): a small model that may write more of them never stops.
+The decision is llguidance's (https://github.com/guidance-ai/llguidance). As long as a schema is not too complex for it,
+that is a function of the schema and of the tokens generated so far, so an answer that is batched, drafted, replayed or
+moved goes on under the same constraint. Between JSON's parts may stand a space, or a new line and what it is indented
+by, as in llama.cpp (`common/json-schema-to-grammar.cpp`): a small model that may write more of them never stops.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import takewhile
 
 import llguidance
@@ -19,19 +20,24 @@ from swarmd.node.engine.sampling import Mask
 from swarmd.node.models.token_texts import TokenTexts
 
 WHITE_SPACE = r"( |\n( {0,20}|\t{0,8}))"
-LIMITS = llguidance.LLParserLimits(max_lexer_states=25_000, verbose_errors=False)
+LIMITS = llguidance.LLParserLimits(max_lexer_states=10_000, verbose_errors=False)
 """By llguidance's documentation, its own bounds keep a step below some 20 ms, and this one keeps the states of a
-sequence below 50 MB."""
+sequence below 20 MB."""
+
+_TRIAL_TOKENS, _BYTES_END = 16, 256
 
 _LONGEST_INTEGER = 17
 
 
 def check_schema(schema: str) -> None:
     """Raises ValueError, in words for the user, when answers cannot be held to this JSON schema (an object as JSON):
-    it is none, or a keyword in it is not supported, or it is too large."""
+    it is none, or has a keyword of JSON Schema that is not supported, or is too complex: an answer is begun on trial.
+    """
     grammar = _grammar(schema)
     try:
         error = llguidance.LLMatcher.validate_grammar(grammar, limits=LIMITS)
+        if not error:
+            _try_out(Constraint(_byte_tokens(), grammar))
     except BaseException as panic:
         # Of the library's Rust code, which is no Exception: 1.9 panics over some values that it would refuse.
         if type(panic).__name__ != "PanicException":
@@ -39,6 +45,16 @@ def check_schema(schema: str) -> None:
         error = "the schema is not understood"
     if error:
         raise ValueError(" ".join(error.split())[:300])
+
+
+def _try_out(constraint: Constraint) -> None:
+    """Raises ValueError when an answer of bytes cannot be begun."""
+    tokens: list[int] = []
+    while len(tokens) < _TRIAL_TOKENS and _BYTES_END not in tokens:
+        choices = constraint.allowed(tokens).nonzero()[0]
+        if not len(choices):
+            raise ValueError("no answer fits the JSON schema")
+        tokens.append(int(choices[-1]))
 
 
 class Constraints:
@@ -50,7 +66,8 @@ class Constraints:
         self._tokens: llguidance.LLTokenizer | None = None
 
     def constraint(self, schema: str) -> Constraint:
-        """For one sequence. Raises ValueError when the schema is not one that `check_schema` lets through."""
+        """For one sequence. Raises ValueError when the schema is not one that `check_schema` lets through, or the model
+        has no token that ends an answer."""
         if self._tokens is None:
             texts = self._read_texts()
             if not texts.eos_ids:
@@ -107,7 +124,9 @@ class Constraint:
 def _grammar(schema: str) -> str:
     """Raises ValueError for what is no schema, and for what the library's own code does not survive."""
     try:
-        json.loads(schema, parse_int=_exact)
+        parsed = json.loads(schema, parse_int=_exact)
+        if isinstance(parsed, dict) and "x-guidance" in parsed:
+            raise ValueError("x-guidance is not a keyword of JSON Schema")
         return llguidance.LLMatcher.grammar_from_json_schema(
             schema, overrides={"whitespace_pattern": WHITE_SPACE, "lenient": False}
         )
@@ -122,6 +141,13 @@ def _exact(digits: str) -> int:
     if len(digits) > _LONGEST_INTEGER or abs(int(digits)) >= 1 << 53:
         raise ValueError(f"the integer {digits[:40]} is not one that all JSON software agrees on (RFC 8259, section 6)")
     return int(digits)
+
+
+@cache
+def _byte_tokens() -> llguidance.LLTokenizer:
+    """A vocabulary of the 256 bytes and an end."""
+    end = frozenset((_BYTES_END,))
+    return _tokens(TokenTexts(lambda i: bytes((i % 256,)), 257, eos_ids=end, hidden=end, strip_space=False))
 
 
 def _tokens(texts: TokenTexts) -> llguidance.LLTokenizer:

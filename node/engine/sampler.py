@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 
 from swarmd.node.engine.constraint import Constraint, Constraints
 from swarmd.node.engine.sampling import Mask, choose
-from swarmd.node.engine.sampling_params import SamplingParams
+from swarmd.node.engine.sampling_params import NO_TOKEN, SamplingParams
 from swarmd.node.engine.stage_compute import StageOutput, StepError
 from swarmd.node.engine.step import Sample, StepChunk
 from swarmd.node.models.errors import ModelFileError
 
+log = logging.getLogger("swarmd.engine")
+
+MOST_CONSTRAINTS = 64
+"""As many as sequences that run at a time: those that only stay in the cache need none."""
+
 
 class Sampler:
-    """`vocab_size` is the number of logits; without `constraints` no sequence can be held to a schema, as on all stages
-    but the last, which do not choose."""
+    """`vocab_size` is the number of logits. `constraints` are for the last stage, which alone chooses."""
 
     def __init__(self, vocab_size: int, constraints: Constraints | None) -> None:
         self._vocab_size = vocab_size
         self._constraints = constraints
         self._params: dict[int, SamplingParams] = {}
         self._tokens: dict[int, list[int]] = {}
-        self._held_to: dict[int, Constraint] = {}
+        # Of who was sampled last. Any can be made anew from the schema and the tokens.
+        self._held_to: OrderedDict[int, Constraint] = OrderedDict()
 
     @property
     def sequences(self) -> list[int]:
@@ -34,24 +41,16 @@ class Sampler:
         tokens = list(self._tokens.values())
         return len(tokens), sum(map(len, tokens))
 
-    def check(self, params: SamplingParams) -> Constraint | None:
-        """What the sequence is held to. Raises StepError when the wishes are impossible with this model."""
+    def check(self, params: SamplingParams) -> None:
+        """Raises StepError when the wishes name a token that the model does not have."""
         outside = [token for token in params.logit_bias if not 0 <= token < self._vocab_size]
         if outside:
             raise StepError(f"logit_bias names token {outside[0]}; the vocabulary has {self._vocab_size}")
-        if not params.json_schema or self._constraints is None:
-            return None
-        try:
-            return self._constraints.constraint(params.json_schema)
-        except (ValueError, ModelFileError) as error:
-            raise StepError(str(error)) from error
 
-    def open(self, seq: int, params: SamplingParams, held_to: Constraint | None, tokens: Sequence[int]) -> None:
-        """Begin with these tokens; `held_to` is what `check` gave."""
+    def open(self, seq: int, params: SamplingParams, tokens: Sequence[int]) -> None:
+        """Begin with these tokens."""
         self._params[seq] = params
         self._tokens[seq] = list(tokens)
-        if held_to is not None:
-            self._held_to[seq] = held_to
 
     def tokens(self, seq: int) -> Sequence[int]:
         """Those of a sequence so far."""
@@ -73,8 +72,8 @@ class Sampler:
 
     def sample(self, chunks: Sequence[StepChunk], output: StageOutput) -> tuple[Sample, ...]:
         """Choose after the last `sample` tokens of each chunk, one position after the other, as long as what is drawn
-        is the chunk's own next token. The chunks are not appended yet. Raises StepError when the logits are not finite
-        or a schema leaves nothing."""
+        is the chunk's own next token. The chunks are not appended yet. Where a schema leaves nothing, or fails, it is
+        NO_TOKEN, for that concerns nobody else in the step. Raises StepError when the logits are not finite."""
         samples: list[Sample] = []
         row = 0
         for chunk in chunks:
@@ -96,15 +95,29 @@ class Sampler:
         def history() -> list[int]:
             return [*self._tokens[chunk.seq], *chunk.tokens[: index + 1]]
 
-        def allowed() -> Mask | None:
-            held_to = self._held_to.get(chunk.seq)
-            return None if held_to is None else held_to.allowed(history()[params.prompt_tokens :])
-
         try:
-            choice = choose(output.logits[row], output.summaries[row], params, history, position, allowed())
+            allowed = self._allowed(chunk.seq, params, history) if params.json_schema else None
+        except (ValueError, ModelFileError) as error:
+            log.warning("sequence %d ends: %s", chunk.seq, error)
+            return Sample(chunk.seq, position, NO_TOKEN, 0.0)
+        try:
+            choice = choose(output.logits[row], output.summaries[row], params, history, position, allowed)
         except ValueError as error:
             raise StepError(f"sequence {chunk.seq}: {error}") from error
         return Sample(chunk.seq, position, choice.token, choice.logprob, choice.top)
+
+    def _allowed(self, seq: int, params: SamplingParams, history: Callable[[], list[int]]) -> Mask | None:
+        """Raises ValueError when nothing may follow, or it cannot be said; ModelFileError."""
+        if self._constraints is None:
+            return None
+        held_to = self._held_to.pop(seq, None) or self._constraints.constraint(params.json_schema)
+        mask = held_to.allowed(history()[params.prompt_tokens :])
+        self._held_to[seq] = held_to
+        if len(self._held_to) > MOST_CONSTRAINTS:
+            self._held_to.popitem(last=False)
+        if not mask[: self._vocab_size].any():
+            raise ValueError("no token may follow under the answer's JSON schema")
+        return mask
 
 
 def sampled_rows(chunks: Sequence[StepChunk]) -> list[int]:

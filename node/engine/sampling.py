@@ -48,8 +48,7 @@ def choose(
     """The token for `position` of a sequence; logits are float32 [vocab], `summary` is theirs.
 
     `history` gives the sequence's tokens so far; it is called only if a penalty asks for them. Only `allowed` tokens
-    are chosen, bool [at most vocab], by default all. Raises ValueError when the logits are not finite numbers, or
-    nothing is allowed.
+    are chosen, bool, by default all; at least one must be. Raises ValueError when the logits are not finite numbers.
     """
     if not summary.finite:
         raise ValueError("the model's outputs are not finite numbers; its file is damaged or its values overflow")
@@ -145,8 +144,6 @@ def _biased(logits: Logits, params: SamplingParams) -> Logits:
 def _only(allowed: Mask, logits: Logits) -> Logits:
     """All other logits minus infinity; there may be more of them than tokens."""
     count = min(len(allowed), len(logits))
-    if not allowed[:count].any():
-        raise ValueError("no token may follow under the answer's JSON schema")
     left = np.full_like(logits, -np.inf)
     np.copyto(left[:count], logits[:count], where=allowed[:count])
     return left

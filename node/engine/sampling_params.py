@@ -11,7 +11,9 @@ LogitBias = Annotated[
 ]
 
 MAX_SCHEMA = 64 << 10
-"""Characters of a JSON schema."""
+"""Bytes of a JSON schema."""
+NO_TOKEN = -1
+"""What is drawn where the JSON schema leaves nothing, or is too complex to say."""
 
 
 class SamplingParams(Struct, frozen=True, omit_defaults=True):

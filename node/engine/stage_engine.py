@@ -106,15 +106,15 @@ class StageEngine:
     def open(self, seq: int, sampling: SamplingParams, source: int = -1, length: int = 0) -> None:
         """Begin a sequence: empty, or as a copy of the first `length` tokens of `source`.
 
-        Raises StepError when the id is taken, the source is unknown or shorter, or the sampling asks for what is
-        impossible with this model.
+        Raises StepError when the id is taken, the source is unknown or shorter, or the sampling names an impossible
+        token.
         """
-        held_to = self._sampler.check(sampling)
+        self._sampler.check(sampling)
         if source < 0:
             self._compute.open(seq)
         else:
             self._compute.fork(seq, source, length)
-        self._sampler.open(seq, sampling, held_to, () if source < 0 else self._sampler.tokens(source)[:length])
+        self._sampler.open(seq, sampling, () if source < 0 else self._sampler.tokens(source)[:length])
 
     def reset(self) -> None:
         """Forget all sequences."""

@@ -123,7 +123,7 @@ class ModelText:
 
     async def _queue(self, question: Question) -> Answer:
         if self._waiting >= MOST_WAITING:
-            raise TooBusyError("too many prompts wait to be tokenized")
+            raise TooBusyError("too many prompts wait to be read")
         # Whoever asked may leave; the answer still has to be read before the next question.
         self._waiting += 1
         task = asyncio.create_task(self._ask(question))

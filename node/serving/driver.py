@@ -234,5 +234,8 @@ class Driver:
         if progress.choice is not None:
             choice = progress.choice
             request.outcomes.put_nowait(Token(choice.token, choice.logprob, choice.top))
-        if progress.finish is not None:
+        if progress.finish == "unfit":
+            words = "the answer cannot go on under its JSON schema, which is too complex here; ask for a simpler one"
+            request.outcomes.put_nowait(RemoteError("unfit", words))
+        elif progress.finish is not None:
             request.outcomes.put_nowait(Finished(progress.finish))

@@ -108,6 +108,8 @@ class Gateway:
             prompt = await _encode(front, request, record.model.context)
             param = "response_format"
             if request.sampling.json_schema:
+                if not front.tokenizer.eos_ids:
+                    raise ValueError("this model has no token that ends an answer, so none can be held to a schema")
                 await front.check_schema(request.sampling.json_schema)
         except TextTooLongError as error:
             raise _too_long(request, record, f"at least {error.count}") from error
@@ -264,6 +266,8 @@ def _refusal(code: str, message: str) -> GenerationError:
     """What a driver said about a request that it does not serve."""
     if code in _BUSY_CODES:
         return GenerationError("overloaded", message, retry_after=2, unavailable=code == "queue_timeout")
+    if code == "unfit":
+        return GenerationError("invalid_request", message, param="response_format")
     if code == "invalid":
         return GenerationError("context_length_exceeded", message)
     return GenerationError("deadline" if code == "deadline" else "engine_error", message)

@@ -17,6 +17,7 @@ from swarmd.node.serving.compute_thread import ComputeThread
 from swarmd.node.serving.driver import Driver
 from swarmd.node.serving.messages import Sampled, Step, StepFailed, StepTimes, TokenChoice, WireDtype
 from swarmd.node.serving.profile import Profile
+from swarmd.transport.frames import FrameError
 from swarmd.transport.link import Link, LinkClosed
 
 if TYPE_CHECKING:
@@ -159,7 +160,11 @@ class RingStage:
             return
         if not isinstance(outcome, BaseException):
             self.failures = 0
-            self._hand_on(step, outcome, clock)
+            try:
+                self._hand_on(step, outcome, clock)
+            except FrameError as error:  # it holds more than a message can
+                log.error("step %d cannot be sent on: %s", step.step, error)
+                self.on_failed(StepFailed(self._epoch, step.step, f"FrameError: {error}", own=True))
         elif isinstance(outcome, RuntimeError | ValueError | MemoryError):
             log.error("step %d failed", step.step, exc_info=outcome)
             own = _is_own(outcome)

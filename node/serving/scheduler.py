@@ -14,7 +14,7 @@ from swarmd.node.serving.drafting import Ask, Drafter
 from swarmd.node.serving.in_flight import StepsInFlight
 from swarmd.node.serving.kv_room import KvRoom
 from swarmd.node.serving.messages import Chunk, Opening, StepTimes
-from swarmd.node.serving.sequences import Phase, Sequence, accept, queue_up
+from swarmd.node.serving.sequences import Phase, Sequence, accept, may_open, queue_up
 from swarmd.node.serving.steps import Choices, Limits, PlannedStep, Progress, QueueFull, answered
 from swarmd.node.serving.suspects import Failure, Suspects, Verdict
 
@@ -103,9 +103,7 @@ class Scheduler:
         # put back in the same step.
         chunks = self._decode_chunks()
         opened = self._prefill(chunks) if self._prefilling or self._waiting else []
-        if not (chunks or self._kv.has_freed):
-            return None
-        return self._in_flight.begin(opened, chunks, self._kv.take_freed())
+        return self._in_flight.begin(opened, chunks, self._kv.take_freed()) if chunks or self._kv.has_freed else None
 
     def on_sampled(
         self, step: int, choices: Choices, times: StepTimes = UNMEASURED, round_trip_us: float = 0.0
@@ -219,7 +217,7 @@ class Scheduler:
             if (sequence := self._prefilling) is None:
                 # Of a suspect the first step begins; nobody else may be in it.
                 done = chunks if alone else self._suspects
-                if done or (opening := self._begin(sent_before)) is None:
+                if done or (opening := self._begin(opened, sent_before)) is None:
                     break
                 opened.append(opening)
                 continue
@@ -233,9 +231,10 @@ class Scheduler:
                 self._decoding += 1
         return opened
 
-    def _begin(self, sent_before: dict[int, int]) -> Opening | None:
+    def _begin(self, opened: list[Opening], sent_before: dict[int, int]) -> Opening | None:
         """Let in who has waited longest, if there is room for it, and no prompt in doubt that it could begin with."""
-        if not self._waiting or self._in_flight.doubtful or len(self._running) >= self._limits.max_running:
+        full = self._in_flight.doubtful or len(self._running) >= self._limits.max_running
+        if full or not may_open(self._waiting, opened):
             return None
         sequence = self._waiting[0]
         need = min(len(sequence.tokens) + self._limits.growth, self._limits.room)

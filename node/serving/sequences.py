@@ -6,7 +6,8 @@ from collections import deque
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from swarmd.node.engine.sampling_params import SamplingParams
+from swarmd.node.engine.sampling_params import MAX_SCHEMA, NO_TOKEN, SamplingParams
+from swarmd.node.serving.messages import Opening
 from swarmd.node.serving.steps import Choices, Progress
 
 
@@ -43,7 +44,7 @@ class Sequence:
 
     @property
     def untouched(self) -> bool:
-        """Whether it has never run, here or in the pipeline of an earlier epoch: nobody listens to it yet."""
+        """Whether nobody has had a token of it yet, here or in an earlier epoch, nor has it been put back."""
         return self.pipeline_id < 0 and len(self.tokens) <= self.sampling.prompt_tokens
 
 
@@ -56,13 +57,24 @@ def queue_up(line: deque[Sequence], sequence: Sequence) -> None:
     line.insert(place, sequence)
 
 
+def may_open(line: deque[Sequence], opened: list[Opening]) -> bool:
+    """Whether anybody waits whose opening has room in a step beside these: a message's header is bounded, and JSON
+    schemas are the largest part of it."""
+    if not line or not opened:
+        return bool(line)
+    sizes = [len(sampling.json_schema.encode()) for sampling in (line[0].sampling, *(one.sampling for one in opened))]
+    return sizes[0] == 0 or sum(sizes) <= MAX_SCHEMA
+
+
 def accept(sequence: Sequence, choices: Choices, room: int) -> tuple[list[Progress], bool]:
     """Append what was drawn for a sequence until it ends by it: what to tell, and whether it ended.
 
-    A stop token is not shown. `room` is the most tokens that a sequence can have.
+    A stop token is not shown, nor NO_TOKEN. `room` is the most tokens that a sequence can have.
     """
     progress: list[Progress] = []
     for choice in choices:
+        if choice.token == NO_TOKEN:
+            return [*progress, Progress(sequence.seq, None, "unfit")], True
         if choice.token in sequence.stop_tokens:
             return [*progress, Progress(sequence.seq, None, "stop")], True
         sequence.tokens.append(choice.token)

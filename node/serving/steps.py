@@ -92,11 +92,12 @@ class PlannedStep:
 
 
 class Progress(NamedTuple):
-    """One sequence got a token, or came to its end (`finish` is the reason; a stop token is not shown)."""
+    """One sequence got a token, or came to its end (`finish` is the reason; a stop token is not shown). It is
+    "unfit" to go on when its JSON schema leaves it no token."""
 
     seq: int
     choice: TokenChoice | None
-    finish: Literal["stop", "length"] | None = None
+    finish: Literal["stop", "length", "unfit"] | None = None
 
 
 Choices = tuple[TokenChoice, ...]

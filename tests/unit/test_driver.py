@@ -5,10 +5,11 @@ import contextlib
 from contextlib import aclosing, asynccontextmanager
 
 import pytest
+from msgspec.structs import replace
 from support.fake_pipeline import VOCABULARY, FakePipeline, solo_run
 
 from swarmd.node.cluster.signal import Signal
-from swarmd.node.engine.sampling_params import SamplingParams
+from swarmd.node.engine.sampling_params import NO_TOKEN, SamplingParams
 from swarmd.node.serving.drafting import NgramDrafter
 from swarmd.node.serving.driver import Driver
 from swarmd.node.serving.messages import Finished, Generate, Sampled, StepFailed, StepTimes, Token
@@ -242,6 +243,26 @@ async def test_a_step_that_fails_ends_only_the_request_that_made_it_fail():
         assert (failed.value.code, failed.value.message) == ("engine_error", "a stage failed")
         assert [await task for task in spared] == [(solo_run([4, index], 2, 10), "length") for index in range(3)]
         await ring.until(lambda: not ring.cached)
+
+
+async def test_who_gets_no_token_is_told_and_nobody_else():
+    async with running() as ring:
+        ring.held = True
+        unfit = asyncio.create_task(collect(ring, request([1, 2, 3])))
+        spared = asyncio.create_task(collect(ring, request([4, 5])))
+        await ring.until(lambda: ring.driver.load.running + ring.driver.load.waiting == 2)
+        on_sampled = ring.driver.on_sampled
+
+        def none_for_one(message: Sampled) -> None:
+            choices = [replace(one, token=NO_TOKEN) if one.seq == 0 else one for one in message.choices]
+            on_sampled(replace(message, choices=tuple(choices)))
+
+        ring.driver.on_sampled = none_for_one
+        ring.release()
+        with pytest.raises(RemoteError, match="JSON schema") as failed:
+            await unfit
+        assert failed.value.code == "unfit"
+        assert await spared == (solo_run([4, 5], 2, 10), "length")
 
 
 async def test_a_pipeline_that_can_compute_nothing_is_reported_and_ends_nobody():

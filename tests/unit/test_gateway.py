@@ -157,6 +157,7 @@ async def test_when_only_the_link_was_lost_the_same_driver_goes_on():
         ("overloaded", "overloaded", False),
         ("queue_timeout", "overloaded", True),
         ("engine_error", "engine_error", False),
+        ("unfit", "invalid_request", False),
     ],
 )
 async def test_what_a_driver_refuses_is_said_at_once(said, code, unavailable):

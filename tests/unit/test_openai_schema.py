@@ -142,6 +142,14 @@ def test_a_format_becomes_a_schema_whose_keys_keep_their_order():
     text = chat(response_format=schema_format(schema)).sampling.json_schema
     assert text.index('"z"') < text.index('"a"')
     assert json.loads(chat(response_format={"type": "json_object"}).sampling.json_schema) == {"type": "object"}
+    with pytest.raises(ApiError, match="utf-8") as caught:
+        parse(
+            json.dumps({"model": "m", "messages": MESSAGES, "response_format": schema_format({"title": "@"})})
+            .encode()
+            .replace(b"@", b"\xff"),
+            ChatRequest,
+        ).generation()
+    assert (caught.value.status, caught.value.param) == (400, "response_format")
     assert chat(response_format={"type": "text"}).sampling.json_schema == chat().sampling.json_schema == ""
 
 
@@ -162,7 +170,7 @@ def test_a_format_becomes_a_schema_whose_keys_keep_their_order():
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "n"}}}, "response_format"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "a b", "schema": {}}}}, "response_format"),
         ({"response_format": schema_format({"description": "x" * 65536})}, "response_format"),
-        ({"response_format": schema_format({}, description="what it is for")}, "response_format"),
+        ({"response_format": schema_format({}, mood="good")}, "response_format"),
         ({"modalities": ["audio"]}, "modalities"),
     ],
 )

@@ -15,6 +15,7 @@ from swarmd.node.serving.messages import DATA_MESSAGES, Chunk, Opening, Sampled,
 from swarmd.node.serving.profile import Profile
 from swarmd.node.serving.ring import MAX_QUEUED_STEPS, RingStage
 from swarmd.transport.endpoint import Endpoint
+from swarmd.transport.frames import FrameError
 from swarmd.transport.link import PROTOCOL_VERSION, Hello, Vocabulary
 from swarmd.transport.token import JoinToken
 
@@ -97,6 +98,25 @@ async def test_forks_come_before_frees_so_that_a_source_may_end_in_the_same_step
     ring.begin(Step(3, 0, (forked,), (), (4,), "f32"), None)
     await driver.next()
     assert engine.calls == [("open", 9, 4, 16), ("free", 4), ("step", (), None)]
+
+
+async def test_what_is_too_large_to_be_sent_on_is_said_and_the_next_step_follows():
+    engine, driver = Engine(first=True, last=False), Driver()
+    ring, sent = make_ring(engine, driver=driver), []
+
+    class Following:
+        def send_soon(self, message: Step, payload: object) -> None:
+            if message.step == 0:
+                raise FrameError("a header of 2000000 bytes")
+            sent.append(message.step)
+
+    ring.following = cast(Any, Following())
+    for number in range(2):
+        ring.begin(step(number), None)
+    failed = await driver.next()
+    assert isinstance(failed, StepFailed)
+    assert (failed.step, failed.own) == (0, True)
+    await eventually(lambda: sent == [1], seconds=5)
 
 
 async def test_a_stage_adds_its_times_to_those_of_the_stages_before():

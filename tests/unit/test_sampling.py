@@ -193,5 +193,3 @@ def test_only_allowed_tokens_are_chosen_with_the_models_own_log_probability(para
         assert choice.token in (likeliest, other)
         assert choice.logprob == pytest.approx(float(logits[choice.token]) - math.log(np.exp(logits).sum()), abs=1e-5)
         assert params is not GREEDY or choice.token == likeliest
-    with pytest.raises(ValueError, match="no token"):
-        choose_with_summary(logits, summarize(logits), params, list, 0, np.zeros(32, np.bool_))

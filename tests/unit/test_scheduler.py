@@ -3,7 +3,7 @@
 import pytest
 from support.fake_pipeline import FakePipeline, solo_run
 
-from swarmd.node.engine.sampling_params import SamplingParams
+from swarmd.node.engine.sampling_params import MAX_SCHEMA, NO_TOKEN, SamplingParams
 from swarmd.node.serving.messages import Chunk, Sampled, TokenChoice
 from swarmd.node.serving.scheduler import Scheduler
 from swarmd.node.serving.sequences import Phase, Sequence
@@ -253,6 +253,27 @@ def test_a_stop_token_ends_a_sequence_and_is_not_shown():
     assert (progress.choice, progress.finish) == (None, "stop")
     assert planned(scheduler) == PlannedStep(2, (), (), (0,)), "the stages are told, though there is nothing else to do"
     assert scheduler.next_step() is None
+
+
+def test_who_gets_no_token_ends_and_the_others_go_on():
+    scheduler = Scheduler(limits())
+    for seq in (0, 1):
+        scheduler.submit(sequence([1, 2, 3], seq=seq))
+    unfit, other = answer(scheduler, planned(scheduler), [NO_TOKEN, 5])
+    assert (unfit.seq, unfit.choice, unfit.finish) == (0, None, "unfit")
+    assert (other.seq, other.finish) == (1, None)
+    assert [chunk.tokens for chunk in planned(scheduler).chunks] == [(5,)]
+
+
+def test_schemas_that_are_too_large_together_open_in_different_steps():
+    def asks(seq, schema):
+        return Sequence(seq, [seq, 2], SamplingParams(json_schema=schema), 20, frozenset())
+
+    half = '"' + "\u00e9" * (MAX_SCHEMA // 4 - 1) + '"'
+    scheduler = Scheduler(limits(kv_tokens=1000, n_stages=3, step_tokens=32))
+    for seq, schema in enumerate([half, "", half, "{}", half]):
+        scheduler.submit(asks(seq, schema))
+    assert [len(planned(scheduler).open) for _ in range(2)] == [3, 2]
 
 
 def test_cancelling_who_waits_leaves_no_trace():
