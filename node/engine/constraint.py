@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from functools import cache
 from itertools import takewhile
+from threading import Thread
 
 import llguidance
 import numpy as np
@@ -58,22 +60,38 @@ def _try_out(constraint: Constraint) -> None:
 
 
 class Constraints:
-    """Makes the constraints of one model's sequences. `read_texts` is called once, when the first is made, and may
-    raise ModelFileError; that takes some tenths of a second."""
+    """Makes the constraints of one model's sequences.
 
-    def __init__(self, read_texts: Callable[[], TokenTexts]) -> None:
+    `read_texts` is called once, when the first is made, and may raise ModelFileError. That takes some tenths of a
+    second, in a thread of its own; unless `wait`, nobody waits for it.
+    """
+
+    def __init__(self, read_texts: Callable[[], TokenTexts], *, wait: bool = True) -> None:
         self._read_texts = read_texts
-        self._tokens: llguidance.LLTokenizer | None = None
+        self._wait = wait
+        self._tokens: Future[llguidance.LLTokenizer] | None = None
 
-    def constraint(self, schema: str) -> Constraint:
-        """For one sequence. Raises ValueError when the schema is not one that `check_schema` lets through, or the model
-        has no token that ends an answer."""
+    def constraint(self, schema: str) -> Constraint | None:
+        """For one sequence; None while the model's tokens are still being read.
+
+        Raises ValueError when the schema is not one that `check_schema` lets through, or the model has no token that
+        ends an answer; what `read_texts` raised.
+        """
         if self._tokens is None:
+            self._tokens = Future()
+            Thread(target=self._read, args=(self._tokens,), name="tokens", daemon=True).start()
+        if not (self._wait or self._tokens.done()):
+            return None
+        return Constraint(self._tokens.result(), _grammar(schema))
+
+    def _read(self, tokens: Future[llguidance.LLTokenizer]) -> None:
+        try:
             texts = self._read_texts()
             if not texts.eos_ids:
                 raise ValueError("the model has no token that ends an answer, so none can be held to a JSON schema")
-            self._tokens = _tokens(texts)
-        return Constraint(self._tokens, _grammar(schema))
+            tokens.set_result(_tokens(texts))
+        except BaseException as error:
+            tokens.set_exception(error)
 
 
 class Constraint:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from swarmd.node.engine.constraint import Constraint, Constraints
 from swarmd.node.engine.sampling import Mask, choose
-from swarmd.node.engine.sampling_params import NO_TOKEN, SamplingParams
+from swarmd.node.engine.sampling_params import NO_TOKEN, NOT_YET, SamplingParams
 from swarmd.node.engine.stage_compute import StageOutput, StepError
 from swarmd.node.engine.step import Sample, StepChunk
 from swarmd.node.models.errors import ModelFileError
@@ -72,8 +72,11 @@ class Sampler:
 
     def sample(self, chunks: Sequence[StepChunk], output: StageOutput) -> tuple[Sample, ...]:
         """Choose after the last `sample` tokens of each chunk, one position after the other, as long as what is drawn
-        is the chunk's own next token. The chunks are not appended yet. Where a schema leaves nothing, or fails, it is
-        NO_TOKEN, for that concerns nobody else in the step. Raises StepError when the logits are not finite."""
+        is the chunk's own next token. The chunks are not appended yet.
+
+        Where a schema leaves nothing, or fails, it is NO_TOKEN, for that concerns nobody else in the step; while the
+        model's tokens are being read for it, NOT_YET. Raises StepError when the logits are not finite.
+        """
         samples: list[Sample] = []
         row = 0
         for chunk in chunks:
@@ -95,22 +98,29 @@ class Sampler:
         def history() -> list[int]:
             return [*self._tokens[chunk.seq], *chunk.tokens[: index + 1]]
 
-        try:
-            allowed = self._allowed(chunk.seq, params, history) if params.json_schema else None
-        except (ValueError, ModelFileError) as error:
-            log.warning("sequence %d ends: %s", chunk.seq, error)
-            return Sample(chunk.seq, position, NO_TOKEN, 0.0)
+        allowed = None
+        if params.json_schema and self._constraints is not None:
+            try:
+                allowed = self._allowed(chunk.seq, params, self._constraints, history)
+            except (ValueError, ModelFileError) as error:
+                log.warning("sequence %d ends: %s", chunk.seq, error)
+                return Sample(chunk.seq, position, NO_TOKEN, 0.0)
+            if allowed is None:
+                return Sample(chunk.seq, position, NOT_YET, 0.0)
         try:
             choice = choose(output.logits[row], output.summaries[row], params, history, position, allowed)
         except ValueError as error:
             raise StepError(f"sequence {chunk.seq}: {error}") from error
         return Sample(chunk.seq, position, choice.token, choice.logprob, choice.top)
 
-    def _allowed(self, seq: int, params: SamplingParams, history: Callable[[], list[int]]) -> Mask | None:
-        """Raises ValueError when nothing may follow, or it cannot be said; ModelFileError."""
-        if self._constraints is None:
+    def _allowed(
+        self, seq: int, params: SamplingParams, constraints: Constraints, history: Callable[[], list[int]]
+    ) -> Mask | None:
+        """None while that is being found out. Raises ValueError when nothing may follow, or it cannot be said;
+        ModelFileError."""
+        held_to = self._held_to.pop(seq, None) or constraints.constraint(params.json_schema)
+        if held_to is None:
             return None
-        held_to = self._held_to.pop(seq, None) or self._constraints.constraint(params.json_schema)
         mask = held_to.allowed(history()[params.prompt_tokens :])
         self._held_to[seq] = held_to
         if len(self._held_to) > MOST_CONSTRAINTS:

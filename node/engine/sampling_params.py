@@ -14,6 +14,8 @@ MAX_SCHEMA = 64 << 10
 """Bytes of a JSON schema."""
 NO_TOKEN = -1
 """What is drawn where the JSON schema leaves nothing, or is too complex to say."""
+NOT_YET = -2
+"""What is drawn while it is still being found out what a JSON schema leaves: the last token is to be sent again."""
 
 
 class SamplingParams(Struct, frozen=True, omit_defaults=True):

@@ -70,6 +70,7 @@ class StageEngine:
         device: str = "cpu",
         kernels: Kernels = "auto",
         progress: ReportProgress | None = None,
+        defer: bool = False,
     ) -> StageEngine:
         """Load a stage of the model at `path` (`sparse`: of which only this stage's tensors need be there). `spec` is
         the model's if it was read already.
@@ -78,7 +79,8 @@ class StageEngine:
         them, by default the model's. `device` is "cpu", and `kernels` what computes there: "native" are our own,
         "torch" is plain torch, "auto" our own if they are there and can. Raises ModelFileError for anything wrong with
         the file, ValueError for layers outside the model or a device without a backend, NativeMissing for "native"
-        where they are not.
+        where they are not. The first sequence that is held to a JSON schema needs the model's tokenizer: with `defer`,
+        it is answered with NOT_YET until that is read, instead of making everybody wait.
         """
         with open_checkpoint(path, sparse=sparse) as checkpoint:
             spec = spec or checkpoint.spec
@@ -94,6 +96,7 @@ class StageEngine:
                 progress=progress,
             )
         give_back()
+        constraints = Constraints(lambda: Tokenizer.of_model(Path(path)), wait=not defer)
         log.info(
             "loaded layers %d to %d: %d bytes of weights, kernels %s",
             start,
@@ -101,7 +104,7 @@ class StageEngine:
             compute.weight_bytes,
             compute.name,
         )
-        return cls(spec, start, end, compute, kv_tokens, Constraints(lambda: Tokenizer.of_model(Path(path))))
+        return cls(spec, start, end, compute, kv_tokens, constraints)
 
     def open(self, seq: int, sampling: SamplingParams, source: int = -1, length: int = 0) -> None:
         """Begin a sequence: empty, or as a copy of the first `length` tokens of `source`.

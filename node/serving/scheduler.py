@@ -292,7 +292,7 @@ class Scheduler:
         came, ended = accept(sequence, got, self._limits.room)
         progress += came
         if not ended:
-            sequence.sent = right
+            sequence.sent = min(right, len(sequence.tokens) - 1)  # the newest token is always still to be sent
             self._ready.append(sequence)
             return
         sequence.sent = min(right, len(sequence.tokens))

@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from swarmd.node.engine.sampling_params import MAX_SCHEMA, NO_TOKEN, SamplingParams
+from swarmd.node.engine.sampling_params import MAX_SCHEMA, NO_TOKEN, NOT_YET, SamplingParams
 from swarmd.node.serving.messages import Opening
 from swarmd.node.serving.steps import Choices, Progress
 
@@ -69,10 +69,12 @@ def may_open(line: deque[Sequence], opened: list[Opening]) -> bool:
 def accept(sequence: Sequence, choices: Choices, room: int) -> tuple[list[Progress], bool]:
     """Append what was drawn for a sequence until it ends by it: what to tell, and whether it ended.
 
-    A stop token is not shown, nor NO_TOKEN. `room` is the most tokens that a sequence can have.
+    A stop token is not shown, nor NO_TOKEN and NOT_YET. `room` is the most tokens that a sequence can have.
     """
     progress: list[Progress] = []
     for choice in choices:
+        if choice.token == NOT_YET:
+            break
         if choice.token == NO_TOKEN:
             return [*progress, Progress(sequence.seq, None, "unfit")], True
         if choice.token in sequence.stop_tokens:

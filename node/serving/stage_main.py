@@ -46,6 +46,7 @@ def load_stage(job: LoadEngine, report: ReportBytes) -> StageEngine:
         kernels=job.kernels,
         device=job.device,
         progress=report,
+        defer=True,
     )
 
 

@@ -66,6 +66,7 @@ class Schemas(Target):
         schema = data.decode(errors="replace")[:MAX_SCHEMA]
         check_schema(schema)
         constraint, random, tokens = self._constraints.constraint(schema), Random(len(data)), []
+        assert constraint is not None
         while len(tokens) < _TOKENS and self._ends.isdisjoint(tokens):
             choices = constraint.allowed(tokens).nonzero()[0].tolist()
             tokens.append(random.choice(choices))

@@ -42,7 +42,13 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
 
 
 def held(tokenizer: Tokenizer, schema: Any = SHIP) -> Constraint:
-    return Constraints(lambda: tokenizer).constraint(json.dumps(schema))
+    return made(Constraints(lambda: tokenizer), schema)
+
+
+def made(constraints: Constraints, schema: Any = SHIP) -> Constraint:
+    constraint = constraints.constraint(json.dumps(schema))
+    assert constraint is not None
+    return constraint
 
 
 def may_follow(constraint: Constraint, tokens: list[int]) -> list[int]:
@@ -82,12 +88,12 @@ def test_what_may_follow_depends_on_the_text_alone(tokenizer: Tokenizer):
     """Drafts that were wrong, another answer in between, a replay in one go: all the same."""
     chance = random.Random(1)
     maker = Constraints(lambda: tokenizer)
-    constraint = maker.constraint(json.dumps(SHIP))
+    constraint = made(maker)
     answers = [write(tokenizer, constraint, chance) for _ in range(3)]
     for _ in range(40):
         answer = chance.choice(answers)
         part = answer[: chance.randrange(len(answer) + 1)]
-        assert may_follow(constraint, part) == may_follow(maker.constraint(json.dumps(SHIP)), part)
+        assert may_follow(constraint, part) == may_follow(made(maker), part)
 
 
 def test_a_complete_answer_can_only_end(tokenizer: Tokenizer):

@@ -3,7 +3,7 @@
 import pytest
 from support.fake_pipeline import FakePipeline, solo_run
 
-from swarmd.node.engine.sampling_params import MAX_SCHEMA, NO_TOKEN, SamplingParams
+from swarmd.node.engine.sampling_params import MAX_SCHEMA, NO_TOKEN, NOT_YET, SamplingParams
 from swarmd.node.serving.messages import Chunk, Sampled, TokenChoice
 from swarmd.node.serving.scheduler import Scheduler
 from swarmd.node.serving.sequences import Phase, Sequence
@@ -263,6 +263,20 @@ def test_who_gets_no_token_ends_and_the_others_go_on():
     assert (unfit.seq, unfit.choice, unfit.finish) == (0, None, "unfit")
     assert (other.seq, other.finish) == (1, None)
     assert [chunk.tokens for chunk in planned(scheduler).chunks] == [(5,)]
+
+
+def test_who_is_to_wait_sends_its_last_token_again():
+    scheduler = Scheduler(limits())
+    scheduler.submit(sequence([1, 2, 3]))
+    assert answer(scheduler, planned(scheduler), [NOT_YET]) == []
+    assert shape(step := planned(scheduler)) == [(0, 2, 1, 1)]
+    assert answer(scheduler, step, [NOT_YET]) == []
+    step = planned(scheduler)
+    assert step.chunks == (Chunk(0, 2, (3,), 1),)
+    [progress] = answer(scheduler, step, [7])
+    assert progress.choice is not None
+    assert progress.choice.token == 7
+    assert planned(scheduler).chunks == (Chunk(0, 3, (7,), 1),)
 
 
 def test_schemas_that_are_too_large_together_open_in_different_steps():

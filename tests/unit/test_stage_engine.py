@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -12,12 +14,13 @@ import torch
 from support.kernels import why_missing
 from support.tiny_gguf import TinyModel, Type, write_tiny_gguf
 
-from swarmd.node.engine.sampling_params import NO_TOKEN, SamplingParams
+from swarmd.node.engine.sampling_params import NO_TOKEN, NOT_YET, SamplingParams
 from swarmd.node.engine.stage_engine import Kernels, KvExhausted, Sample, SequenceChunk, StageEngine, StepError
 from swarmd.node.engine.wire import WireDtype
 from swarmd.node.models.errors import ModelFileError
 from swarmd.node.models.gguf import GGUFFile
 from swarmd.node.models.gguf_spec import spec_from_gguf
+from swarmd.node.models.tokenizer import Tokenizer
 
 GREEDY = SamplingParams(temperature=0, top_logprobs=3)
 MODEL = TinyModel(type=Type.Q4_1, types={"token_embd": Type.Q8_0}, context_length=96)
@@ -184,6 +187,31 @@ def test_an_answer_that_cannot_go_on_under_its_schema_gets_no_token_and_disturbs
     assert (one.token, other.token) == (straight[0].token, NO_TOKEN)
     engine.free(2)
     assert engine.held == (1, 10)
+
+
+def test_nobody_waits_until_the_tokenizer_is_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    straight = Pipeline(path).generate(1, range(10, 20), 2, HELD)
+    others = Pipeline(path).generate(1, range(10, 20), 2)
+    read, of_model = threading.Event(), Tokenizer.of_model
+
+    def slow(where: Path) -> Tokenizer:
+        assert read.wait(20)
+        return of_model(where)
+
+    monkeypatch.setattr(Tokenizer, "of_model", slow)
+    engine = load(path, defer=True)
+    for seq, sampling in ((1, HELD), (2, GREEDY)):
+        engine.open(seq, sampling)
+    chunks = [SequenceChunk(seq, 0, tuple(range(10, 20)), True) for seq in (1, 2)]
+    held, other = engine.step(chunks, None, "f32").samples
+    assert (held.token, other.token) == (NOT_YET, others[0].token)
+    read.set()
+    again, deadline = SequenceChunk(1, 9, (19,), True), time.monotonic() + 20
+    while held.token == NOT_YET and time.monotonic() < deadline:
+        [held] = engine.step([again], None, "f32").samples
+    assert held.token == straight[0].token
+    [held] = engine.step([SequenceChunk(1, 10, (held.token,), True)], None, "f32").samples
+    assert held.token == straight[1].token
 
 
 def test_constraints_that_nobody_used_for_long_are_made_anew(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
