@@ -4,6 +4,8 @@ The decision is llguidance's (https://github.com/guidance-ai/llguidance). As lon
 that is a function of the schema and of the tokens generated so far, so an answer that is batched, drafted, replayed or
 moved goes on under the same constraint. Between JSON's parts may stand a space, or a new line and what it is indented
 by, as in llama.cpp (`common/json-schema-to-grammar.cpp`): a small model that may write more of them never stops.
+
+The library is imported where it is needed: most stages never do.
 """
 
 from __future__ import annotations
@@ -11,23 +13,25 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from functools import cache
+from functools import cache, partial
 from itertools import takewhile
 from threading import Thread
+from typing import TYPE_CHECKING
 
-import llguidance
 import numpy as np
 
 from swarmd.node.engine.sampling import Mask
 from swarmd.node.models.token_texts import TokenTexts
 
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
 WHITE_SPACE = r"( |\n( {0,20}|\t{0,8}))"
-LIMITS = llguidance.LLParserLimits(max_lexer_states=10_000, verbose_errors=False)
+MOST_STATES = 10_000
 """By llguidance's documentation, its own bounds keep a step below some 20 ms, and this one keeps the states of a
 sequence below 20 MB."""
 
 _TRIAL_TOKENS, _BYTES_END = 16, 256
-
 _LONGEST_INTEGER = 17
 
 
@@ -35,9 +39,11 @@ def check_schema(schema: str) -> None:
     """Raises ValueError, in words for the user, when answers cannot be held to this JSON schema (an object as JSON):
     it is none, or has a keyword of JSON Schema that is not supported, or is too complex: an answer is begun on trial.
     """
+    from llguidance import LLMatcher
+
     grammar = _grammar(schema)
     try:
-        error = llguidance.LLMatcher.validate_grammar(grammar, limits=LIMITS)
+        error = LLMatcher.validate_grammar(grammar, limits=_limits())
         if not error:
             _try_out(Constraint(_byte_tokens(), grammar))
     except BaseException as panic:
@@ -69,7 +75,7 @@ class Constraints:
     def __init__(self, read_texts: Callable[[], TokenTexts], *, wait: bool = True) -> None:
         self._read_texts = read_texts
         self._wait = wait
-        self._tokens: Future[llguidance.LLTokenizer] | None = None
+        self._tokens: Future[LLTokenizer] | None = None
 
     def constraint(self, schema: str) -> Constraint | None:
         """For one sequence; None while the model's tokens are still being read.
@@ -84,7 +90,7 @@ class Constraints:
             return None
         return Constraint(self._tokens.result(), _grammar(schema))
 
-    def _read(self, tokens: Future[llguidance.LLTokenizer]) -> None:
+    def _read(self, tokens: Future[LLTokenizer]) -> None:
         try:
             texts = self._read_texts()
             if not texts.eos_ids:
@@ -97,10 +103,10 @@ class Constraints:
 class Constraint:
     """Which tokens may follow in one sequence."""
 
-    def __init__(self, tokens: llguidance.LLTokenizer, grammar: str) -> None:
+    def __init__(self, tokens: LLTokenizer, grammar: str) -> None:
         self._ends = frozenset(tokens.eos_tokens)
         self._vocab_size = tokens.vocab_size
-        self._begin = lambda: llguidance.LLMatcher(tokens, grammar, log_level=0, limits=LIMITS)
+        self._begin = partial(_matcher, tokens, grammar)
         self._matcher = self._begin()
         self._consumed: list[int] = []
         self._check()
@@ -139,13 +145,28 @@ class Constraint:
             raise ValueError(f"the answer cannot go on under its JSON schema: {' '.join(why.split())[:300]}")
 
 
+@cache
+def _limits() -> LLParserLimits:
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(max_lexer_states=MOST_STATES, verbose_errors=False)
+
+
+def _matcher(tokens: LLTokenizer, grammar: str) -> LLMatcher:
+    from llguidance import LLMatcher
+
+    return LLMatcher(tokens, grammar, log_level=0, limits=_limits())
+
+
 def _grammar(schema: str) -> str:
     """Raises ValueError for what is no schema, and for what the library's own code does not survive."""
+    from llguidance import LLMatcher
+
     try:
         parsed = json.loads(schema, parse_int=_exact)
         if isinstance(parsed, dict) and "x-guidance" in parsed:
             raise ValueError("x-guidance is not a keyword of JSON Schema")
-        return llguidance.LLMatcher.grammar_from_json_schema(
+        return LLMatcher.grammar_from_json_schema(
             schema, overrides={"whitespace_pattern": WHITE_SPACE, "lenient": False}
         )
     except RecursionError:
@@ -162,19 +183,18 @@ def _exact(digits: str) -> int:
 
 
 @cache
-def _byte_tokens() -> llguidance.LLTokenizer:
+def _byte_tokens() -> LLTokenizer:
     """A vocabulary of the 256 bytes and an end."""
     end = frozenset((_BYTES_END,))
     return _tokens(TokenTexts(lambda i: bytes((i % 256,)), 257, eos_ids=end, hidden=end, strip_space=False))
 
 
-def _tokens(texts: TokenTexts) -> llguidance.LLTokenizer:
+def _tokens(texts: TokenTexts) -> LLTokenizer:
+    from llguidance import LLTokenizer, TokenizerWrapper
+
     spelled = _Spelled(texts)
-    tokens = llguidance.LLTokenizer(
-        llguidance.TokenizerWrapper(spelled),
-        eos_token=sorted(texts.eos_ids),
-        slices=llguidance.LLTokenizer.json_slices(),
-    )
+    ends, slices = sorted(texts.eos_ids), LLTokenizer.json_slices()
+    tokens = LLTokenizer(TokenizerWrapper(spelled), eos_token=ends, slices=slices)
     spelled.tokenize = tokens.greedy_tokenize
     return tokens
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from swarmd.node.engine.step import Sample, SequenceChunk, StepChunk, StepResult
 from swarmd.node.engine.weights import ReportProgress
 from swarmd.node.engine.wire import WireDtype
 from swarmd.node.models.checkpoint import open_checkpoint
-from swarmd.node.models.tokenizer import Tokenizer
+from swarmd.node.models.token_texts import TokenTexts
 
 __all__ = ["KvExhausted", "Sample", "SequenceChunk", "StageEngine", "StepChunk", "StepError", "StepResult"]
 
@@ -96,7 +97,7 @@ class StageEngine:
                 progress=progress,
             )
         give_back()
-        constraints = Constraints(lambda: Tokenizer.of_model(Path(path)), wait=not defer)
+        constraints = Constraints(partial(_token_texts, Path(path)), wait=not defer)
         log.info(
             "loaded layers %d to %d: %d bytes of weights, kernels %s",
             start,
@@ -225,3 +226,10 @@ class StageEngine:
         given = 0 if hidden is None else memoryview(hidden).nbytes
         if given != expected:
             raise StepError(f"{given} bytes of hidden states came for {rows} tokens; {expected} are needed")
+
+
+def _token_texts(path: Path) -> TokenTexts:
+    """Raises ModelFileError."""
+    from swarmd.node.models.tokenizer import Tokenizer  # brings a library along that few stages need
+
+    return Tokenizer.of_model(path)

@@ -166,6 +166,11 @@ def test_nothing_outside_the_engine_brings_torch_or_mlx_along_when_it_is_importe
     assert wrong == []
 
 
+def test_a_stage_brings_along_what_every_stage_needs():
+    """There is one per node and model, and a spare one."""
+    assert not loaded_by("swarmd.node.engine.stage_engine") & {"torch", "mlx", "tokenizers", "llguidance", "aiohttp"}
+
+
 def test_the_engine_knows_nothing_of_links_processes_or_the_swarm():
     forbidden = [f"swarmd.{name}" for name in ("discovery", "transport", "node.api", "node.cli", "node.cluster")]
     wrong = [
