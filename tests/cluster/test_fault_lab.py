@@ -112,10 +112,37 @@ def test_a_slowed_machine_sends_at_the_rate(lan: FaultyLan) -> None:
 
 
 @network
+def test_on_a_long_line_everything_arrives_late_and_in_order(lan: FaultyLan) -> None:
+    with Pair(lan, 0, 1) as pair:
+
+        def seconds(sender: int) -> float:
+            began = time.monotonic()
+            assert pair.arrives(sender, 5)
+            return time.monotonic() - began
+
+        with lan.delayed(1, 300):
+            assert seconds(0) >= 0.3
+            assert seconds(1) >= 0.3
+            sent = bytes(range(256)) * 2000
+            sender = threading.Thread(target=pair.ends[0].sendall, args=(sent,))
+            sender.start()
+            came = b""
+            while len(came) < len(sent):
+                came += pair.ends[1].recv(1 << 16)
+            sender.join()
+            assert came == sent
+            with lan.dropping([(0, 1)]):
+                assert not pair.arrives(0, 2 * SOON)
+        pair.arrives(0, 5)
+        assert seconds(0) < 0.3
+
+
+@network
 def test_what_is_left_on_leaving_is_undone() -> None:
     with FaultyLan(2) as lan:
         lan.dropping([(0, 1)]).__enter__()
         lan.unplugged(0).__enter__()
+        lan.delayed(1, 5).__enter__()
         tag = lan.tag
     for listing in (["nft", "list", "tables"], ["ip", "link"], ["ip", "netns"]):
         assert tag not in subprocess.run(listing, capture_output=True, text=True, check=True).stdout

@@ -24,6 +24,8 @@ MEMORY = {"outside": "1MB", "first": "260MB", "second": "240MB", "third": "220MB
 # The heirs of orphans, in this order: first those in the middle of the ring.
 HEIRS = ("second", "third", "last", "first", "outside")
 DISK = "192m"
+# One way; a ring of four stages is then as slow as over a continent.
+LONG_LINE_MS = 40
 LEAVING_SECONDS = 60
 # Nodes that were struck time and again are avoided for ever longer; then it takes minutes until all carry again.
 CASES_PER_SWARM = 6
@@ -129,6 +131,7 @@ FAULTS = (
         "network",
         entered=True,
     ),
+    Fault("a node's line becomes long", _carrier(1), lambda lab, nodes: lab.delayed(nodes[0], LONG_LINE_MS), "network"),
     Fault("the driver's node leaves", _carrier(0), _leaving),
     Fault("a node leaves", _carrier(1), _leaving),
     Fault("a stage process gets no more memory", _carrier(1), _out_of_memory, entered=True),

@@ -215,6 +215,10 @@ class FaultLab:
         """Its line carries no more than so many Mb/s each way."""
         return self._lan.slowed(self._index(node.name), mbps)
 
+    def delayed(self, node: Node, delay_ms: float) -> AbstractContextManager[None]:
+        """What it sends and what it gets arrives so much later."""
+        return self._lan.delayed(self._index(node.name), delay_ms)
+
     def flap(self, name: str, times: int) -> None:
         """A node crashes and comes back, again and again; it runs at the end."""
         for _ in range(times):
