@@ -89,8 +89,10 @@ class FaultLab:
         return self
 
     def __exit__(self, *_: object) -> None:
-        kill_all([process for node in self.running() for process in family(node.process.pid)])
-        self._stack.close()
+        try:
+            kill_all([process for node in self.running() for process in family(node.process.pid)])
+        finally:  # also when a signal ends this
+            self._stack.close()
 
     # Who is there.
 
