@@ -52,7 +52,7 @@ def check_schema(schema: str) -> None:
             raise
         error = "the schema is not understood"
     if error:
-        raise ValueError(" ".join(error.split())[:300])
+        raise ValueError(f"answers cannot be held to this JSON schema: {' '.join(error.split())[:300]}")
 
 
 def _try_out(constraint: Constraint) -> None:

@@ -51,6 +51,14 @@ test("a node with stages is idle as far as a device of it is, and each device ho
   assert.equal(memoryUse(state, a, device(), null).others, 0);
 });
 
+test("a name that several nodes have says nothing of any of them", () => {
+  const nodes = [node("a", { name: "vm" }), node("b", { name: "vm" }), node("c0ffee0011", { name: "vm", state: "gone" })];
+  const explanation = ["vm: layers 0 to 14", "c0ffee00 is gone"];
+  const state = swarm(nodes, [instance([stage("a", 0, 15)], { explanation })]);
+  assert.deepEqual(reasonsFor(state, nodes[2]!), ["c0ffee00 is gone"]);
+  assert.deepEqual(reasonsFor(state, nodes[1]!), []);
+});
+
 test("a name with special characters is matched as it is written", () => {
   const odd = node("0011223344", { name: "a.b (c)" });
   const state = swarm([odd], [instance([], { explanation: ["a.b (c) is out", "axb (c) is in"] })]);

@@ -67,19 +67,20 @@ export function idleNodes(swarm: Swarm): SwarmNode[] {
 }
 
 /**
- * The lines of the plans' explanations that speak of what is idle of this node: by its name (as a whole word) or by its id,
- * and of a node that holds stages only those that name an idle device.
+ * The lines of the plans' explanations that speak of what is idle of this node: by its id or by its name (as a whole word,
+ * and if no other node has it), and of a node that holds stages only those that name an idle device.
  */
 export function reasonsFor(swarm: Swarm, node: SwarmNode): string[] {
-  const lines = swarm.instances.flatMap((instance) => instance.explanation).filter((line) => mentions(line, node));
+  const unique = swarm.nodes.every((other) => other.id === node.id || other.name !== node.name);
+  const lines = swarm.instances.flatMap((instance) => instance.explanation).filter((line) => mentions(line, node, unique));
   if (busyDevices(swarm, node).size === 0) return lines;
   const idle = idleDevices(swarm, node).map((device) => `(${device.id})`);
   return lines.filter((line) => idle.some((id) => line.includes(id)));
 }
 
-function mentions(line: string, node: SwarmNode): boolean {
+function mentions(line: string, node: SwarmNode, byName: boolean): boolean {
   if (line.includes(shortId(node.id))) return true;
-  if (!node.name) return false;
+  if (!node.name || !byName) return false;
   const literal = node.name.replace(/[.*+?^${}()|[\]\\]/g, "\\$&");
   return new RegExp(`(^|[^\\w-])${literal}($|[^\\w-])`).test(line);
 }
