@@ -28,6 +28,7 @@ from support.fault_cases import (
 from support.fault_lab import FaultLab
 from support.growth import Growing, grow
 from support.host_faults import why_no_small_disk
+from support.long_line import IFF_TUN, VNET_HEADER, from_device, open_device
 from support.netns import Lan, connect, inside, ip, why_unavailable
 from support.network_faults import why_no_network_faults
 from support.soak import soak
@@ -43,8 +44,10 @@ __all__ = [
     "EIGHT",
     "FAULTS",
     "HEIRS",
+    "IFF_TUN",
     "PREFILL",
     "STAGES",
+    "VNET_HEADER",
     "Answer",
     "Fault",
     "FaultLab",
@@ -61,11 +64,13 @@ __all__ = [
     "disturbances",
     "expecting",
     "file_oracle",
+    "from_device",
     "grow",
     "inside",
     "ip",
     "join",
     "machines",
+    "open_device",
     "restore",
     "run_case",
     "soak",

@@ -16,35 +16,26 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import fcntl
 import heapq
 import os
 import secrets
 import select
 import socket
 import statistics
-import struct
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Protocol
 
-from harness import Lan, connect, inside, ip, why_unavailable
+from harness import IFF_TUN, VNET_HEADER, Lan, connect, from_device, inside, ip, open_device, why_unavailable
 
 __all__ = ["Network", "delayed_lan", "why_unavailable"]
 
-# From linux/if_tun.h. Device type TUN, no extra header but virtio's (10 bytes), checksums and segments left to do.
-_TUNSETIFF, _TUNSETOFFLOAD = 0x400454CA, 0x400454D0
-_IFF_TUN, _IFF_NO_PI, _IFF_VNET_HDR = 0x0001, 0x1000, 0x4000
-_OFFLOAD_CHECKSUM_AND_TSO4 = 0x01 | 0x02
-_VNET_HEADER = 10
-_PACKET_MAX = 65536 + _VNET_HEADER
 _PR_SET_TIMERSLACK = 29
-# Packets read from one device before the others have their turn.
-_BURST = 32
 # (burst, limit) of the token bucket by rate in Mb/s, at which the rate was found to be held.
 _BUCKETS = {1000: ("64k", "1mb"), 2500: ("256k", "2mb"), 10_000: ("1mb", "4mb")}
 
@@ -174,7 +165,7 @@ def relay(namespaces: Sequence[str], delay_ms: float, rate_mbps: float) -> None:
     """The relay process: open a TUN device in each namespace, say "ready", carry packets until killed."""
     # Timers as exact as they can be: the default slack of 50 us is half of the shortest delay that is of interest.
     ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
-    devices = [inside(name, _open_tun) for name in namespaces]
+    devices = [inside(name, partial(open_device, "tun0", IFF_TUN)) for name in namespaces]
     line = Line(len(devices), delay_ms / 1000, rate_mbps * 1e6 / 8)
     port_of = {device: port for port, device in enumerate(devices)}
     under_way: list[tuple[float, int, int, bytes]] = []
@@ -186,28 +177,13 @@ def relay(namespaces: Sequence[str], delay_ms: float, rate_mbps: float) -> None:
             _write(devices[target], packet)
         wait = max(0.0, under_way[0][0] - time.monotonic()) if under_way else None
         for device in select.select(devices, [], [], wait)[0]:
-            for packet in _read(device):
-                target = packet[_VNET_HEADER + 19] - 1  # the last byte of the IPv4 destination
-                if packet[_VNET_HEADER] >> 4 == 4 and 0 <= target < len(devices):
-                    length = len(packet) - _VNET_HEADER
+            for packet in from_device(device):
+                target = packet[VNET_HEADER + 19] - 1  # the last byte of the IPv4 destination
+                if packet[VNET_HEADER] >> 4 == 4 and 0 <= target < len(devices):
+                    length = len(packet) - VNET_HEADER
                     due = line.arrival(port_of[device], target, length, time.monotonic())
                     number += 1  # packets that are due at one time stay in order
                     heapq.heappush(under_way, (due, number, target, packet))
-
-
-def _open_tun() -> int:
-    device = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
-    fcntl.ioctl(device, _TUNSETIFF, struct.pack("16sH22x", b"tun0", _IFF_TUN | _IFF_NO_PI | _IFF_VNET_HDR))
-    fcntl.ioctl(device, _TUNSETOFFLOAD, _OFFLOAD_CHECKSUM_AND_TSO4)
-    return device
-
-
-def _read(device: int) -> Iterator[bytes]:
-    for _ in range(_BURST):
-        try:
-            yield os.read(device, _PACKET_MAX)
-        except BlockingIOError:
-            return
 
 
 def _write(device: int, packet: bytes) -> None:

@@ -20,20 +20,21 @@ from collections.abc import Callable, Iterator
 
 # From linux/if_tun.h. Both ends carry virtio's header, so that checksums and segments may be left to do.
 _TUNSETIFF, _TUNSETOFFLOAD = 0x400454CA, 0x400454D0
-_IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
+IFF_TUN, IFF_TAP = 0x0001, 0x0002
+_IFF_NO_PI, _IFF_VNET_HDR = 0x1000, 0x4000
 _OFFLOAD_CHECKSUM_AND_TSO = 0x01 | 0x02 | 0x04
 # From linux/if_packet.h and linux/if_ether.h.
 _SOL_PACKET, _PACKET_VNET_HDR, _PACKET_OUTGOING, _ETH_P_ALL = 263, 15, 4, 0x0003
-_FRAME_MAX = 10 + 14 + 65536
+VNET_HEADER = 10
+_FRAME_MAX = VNET_HEADER + 14 + 65536
 _BURST = 64
 _PR_SET_TIMERSLACK = 29
 
 
-def open_socket(name: str) -> int:
-    """The TAP device, made anew."""
+def open_device(name: str, kind: int) -> int:
+    """A device made anew, which is gone when it is closed: IFF_TUN for IP packets, IFF_TAP for Ethernet frames."""
     device = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
-    flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR
-    fcntl.ioctl(device, _TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
+    fcntl.ioctl(device, _TUNSETIFF, struct.pack("16sH22x", name.encode(), kind | _IFF_NO_PI | _IFF_VNET_HDR))
     fcntl.ioctl(device, _TUNSETOFFLOAD, _OFFLOAD_CHECKSUM_AND_TSO)
     return device
 
@@ -58,8 +59,8 @@ def from_plug(plug: socket.socket) -> Iterator[bytes]:
             yield frame
 
 
-def from_socket(device: int) -> Iterator[bytes]:
-    """What the bridge has for the machine."""
+def from_device(device: int) -> Iterator[bytes]:
+    """What has come out of a device, each behind virtio's header; not all at once, others are to have their turn."""
     for _ in range(_BURST):
         try:
             yield os.read(device, _FRAME_MAX)
@@ -80,7 +81,7 @@ def carry(plug: socket.socket, device: int, delay: float) -> None:
                 print(f"lost a frame of {len(frame)} bytes: {error}", file=sys.stderr)
         wait = max(0.0, under_way[0][0] - time.monotonic()) if under_way else None
         for ready in select.select([plug, device], [], [], wait)[0]:
-            put, frames = (puts[0], from_plug(plug)) if ready is plug else (puts[1], from_socket(device))
+            put, frames = (puts[0], from_plug(plug)) if ready is plug else (puts[1], from_device(device))
             under_way += [(time.monotonic() + delay, put, frame) for frame in frames]
 
 
@@ -88,7 +89,7 @@ def main() -> None:
     """See above."""
     plug, device, delay_ms = sys.argv[1:]
     ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
-    ends = open_plug(plug), open_socket(device)
+    ends = open_plug(plug), open_device(device, IFF_TAP)
     print("ready", flush=True)
     carry(*ends, float(delay_ms) / 1000)
 
